@@ -237,6 +237,7 @@ class Plan:
         "Run `f` over `items`, on the plan's workers if it has any."
         if not self.workers: return [f(o) for o in items]
         threads = torch.get_num_threads()
+        torch.set_num_threads(1)           # also the count that the workers' matrix products go by
         try: return list(_workers(self.workers).map(f, items))
         finally: torch.set_num_threads(threads)
 
