@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/00_data.ipynb #6858c9a1
 class DataMissing(FileNotFoundError):

@@ -214,7 +214,7 @@ def _execute(notebook, folder, params, quiet):
 
 def _tidy(nb, folder):
     "Leave out of an executed notebook what is of this machine: paths, progress bars' old states, timestamps."
-    home = [(str(folder.resolve()), 'RUN'), (str(project_folder(folder).resolve()), '.'), (str(data_root().resolve()), 'DATA'), (str(cache_folder().resolve()), 'CACHE'), (str(Path.home()), '~')]
+    home = [(str(folder.resolve()), 'RUN'), (str(project_folder(folder).resolve()), '.'), (str(data_root().resolve()), 'DATA'), (str(cache_folder().resolve()), 'CACHE'), (sys.prefix, 'PYTHON'), (str(Path.home()), '~')]
     nb.metadata.pop('papermill', None)
     for c in nb.cells:
         for k in ('papermill', 'execution'): c.metadata.pop(k, None)
