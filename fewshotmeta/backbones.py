@@ -76,7 +76,7 @@ class Conv4:
             p[f'conv{i}.weight'], p[f'conv{i}.bias'] = CONV_INITS[self.conv_init](shape, gen)
             if self.affine == 'both': p[f'norm{i}.weight'] = torch.ones(*rows, self.filters)
             p[f'norm{i}.bias'] = torch.zeros(*rows, self.filters)
-        return p
+        return {k: channels_last(v) if v.dim() == 4 else v for k, v in p.items()}
 
     def buffers(self) -> dict[str,Tensor]: # name to tensor (steps, filters); empty unless the norm is per_step
         "Stored statistics: mean 0 and variance 1 for each inner step."

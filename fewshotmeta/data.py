@@ -9,8 +9,8 @@ __all__ = ['FORMAT', 'FILTERS', 'IMAGE_SUFFIXES', 'ROTATED', 'HOW_TO_GET', 'WHER
            'emnist', 'mini_imagenet', 'cub', 'glyphs', 'image_folder', 'load_data', 'data_status']
 
 # %% ../nbs/00_data.ipynb #2f67c143
-import csv, errno, hashlib, json, os, struct, tempfile, warnings
-from contextlib import contextmanager
+import csv, errno, hashlib, json, os, re, struct, tempfile, warnings
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -143,7 +143,8 @@ def atomic(
         if e.errno in (errno.ENOSPC, errno.EDQUOT): raise OSError(e.errno, f'no space left to write {path}: free some, or choose another folder') from e
         if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM): raise PermissionError(e.errno, f'cannot write {path}: make {path.parent} writable, or choose another folder') from e
         raise
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError): tmp.unlink()
 
 # %% ../nbs/00_data.ipynb #7706d334
 FORMAT = 'fewshotmeta bank 1'
@@ -157,9 +158,9 @@ def save_bank(bank:ImageBank, path:Path, made_from:dict) -> None:
         except SafetensorError as e: raise _as_os_error(e, path) from e
 
 def _as_os_error(e, path):
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        if f'code: {code},' in str(e): return OSError(code, os.strerror(code), str(path))
-    return OSError(errno.EIO, f'writing {path} failed: {e}')
+    "The OSError behind safetensors' own exception, by the number in its text."
+    code = re.search(r'os error (\d+)', str(e))
+    return OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else OSError(errno.EIO, f'writing {path} failed: {e}')
 
 def load_bank(path:Path, made_from:dict|None=None) -> ImageBank:
     "Open a stored bank and check it. Raises `BadBank`."
@@ -168,7 +169,8 @@ def load_bank(path:Path, made_from:dict|None=None) -> ImageBank:
     except (SafetensorError, ValueError, OSError) as e: raise BadBank(f'{path} is not a whole bank ({e}): delete it, it will be built anew') from e
     if head.get('format') != FORMAT: raise BadBank(f'{path} is not a bank of this version: delete it, it will be built anew')
     if made_from is not None and head['made_from'] != made_from:
-        raise BadBank(f'{path} was made from something else ({_difference(head["made_from"], made_from)})')
+        same_but_files = {**head['made_from'], 'source': None} == {**made_from, 'source': None}
+        raise BadBank(f'{path}: ' + ('the files that it was made from have changed' if same_but_files else f'made from something else ({_difference(head["made_from"], made_from)})'))
     bank = ImageBank(images, head['start'], head['count'], head['classes'], head['family'], head['name'], head['digests'])
     bad = [c for i, c in enumerate(bank.classes) if _digest(bank[i]) != bank.digests[i]]
     if bad: raise BadBank(f'{path}: images of {len(bad)} classes are not what was stored (first: {bad[0]!r}): delete it, it will be built anew')

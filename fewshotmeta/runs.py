@@ -145,9 +145,7 @@ def run_notebook(
     if not notebook.is_file(): raise BadParameters(f'no notebook {notebook}')
     params = merge_parameters(read_parameters(notebook), given)
     project = project_folder(notebook)
-    experiment, _, slug = (name or default_name(given)).rpartition('/')
-    experiment = experiment or notebook.stem
-    if not all(re.fullmatch(r'[\w.=+-]+', part) and part.strip('.') for part in (experiment, slug)): raise BadParameters(f'name={name!r}: letters, digits and . = + - _ only, at most one /')
+    experiment, slug = _split_name(name or default_name(given), notebook.stem)
     folder = Path(runs or project/'runs')/experiment/slug
     if (done := _finished(folder, params, force)) is not None: return done
     _prepare(folder, force)
@@ -159,6 +157,13 @@ def run_notebook(
     return result
 
 # %% ../nbs/30_runs.ipynb #9d423b10
+def _split_name(name, stem):
+    "Experiment and run, which are folder names and cannot lead anywhere else."
+    if not re.fullmatch(r'(?=.*[^./])[\w.=+-]+(/[\w.=+-]+)?', name) or any(not part.strip('.') for part in name.split('/')):
+        raise BadParameters(f'name={name!r}: letters, digits and . = + - _ only, at most one /')
+    experiment, _, slug = name.rpartition('/')
+    return experiment or stem, slug
+
 def _finished(folder, params, force):
     "The result of a run that is done already; `BadParameters` if it was another one."
     path = folder/'result.json'

@@ -285,7 +285,7 @@ class _Loop:
         value = accuracies(run.learner, self.valid, how['valid_tasks'], plan=how['plan'])[:, -1].mean().item()
         run.history[-1]['val_accuracy'] = value
         if how['select'] == 'last': return
-        snapshot = {k: v.detach().clone() for k, v in run.learner.theta.items()}, dict(run.learner.buffers)
+        snapshot = [{k: v.detach().clone() for k, v in d.items()} for d in (run.learner.theta, run.learner.buffers)]
         run.kept = sorted(run.kept + [(value, run.iteration, *snapshot)], key=lambda k: (-k[0], k[1]))[:_how_many(how['select'])]
 
     def show(self):

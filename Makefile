@@ -1,0 +1,50 @@
+# Two commands do everything: `make run` and `make test`. Both set up what they need, once.
+PYTHON ?= python3
+# what `pip install` is given for PyTorch, e.g. TORCH="torch torchvision --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch torchvision
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# small tensors, and worker threads of our own: one arithmetic thread each
+ONE_THREAD := OMP_NUM_THREADS=1
+# cells and tests on real data run where there is any
+FLAGS := $(if $(FEWSHOTMETA_DATA),--flags data,)
+
+.PHONY: run test lab clean readme clean-check export-check readme-check notebooks pytest
+.DEFAULT_GOAL := run
+
+run: $(READY)
+	$(BIN)/fewshotmeta run nbs/experiments/train.ipynb --name glyphs/first_run --force -p inner_lr=0.1 meta_lr=0.003 schedule=cosine meta_batch=4 iterations=900 valid_every=300 valid_tasks=100 test_tasks=200 scale=short
+
+test: clean-check export-check readme-check notebooks pytest
+
+lab: $(READY)
+	$(BIN)/jupyter lab --notebook-dir nbs
+
+readme: $(READY)
+	$(BIN)/python tests/readme.py --write
+
+clean:
+	rm -rf $(VENV) build dist _docs _proc .pytest_cache *.egg-info
+	find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+
+clean-check: $(READY)
+	$(BIN)/python tests/unchanged.py $(BIN)/nbdev_clean
+
+export-check: $(READY)
+	$(BIN)/python tests/unchanged.py $(BIN)/nbdev_export
+
+readme-check: $(READY)
+	$(BIN)/python tests/readme.py
+
+notebooks: $(READY)
+	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2 --timing $(FLAGS)
+
+pytest: $(READY)
+	$(ONE_THREAD) $(BIN)/pytest
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"fewshotmeta needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -q $(TORCH) -e '.[dev]'
+	touch $@

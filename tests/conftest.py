@@ -1,0 +1,47 @@
+"""Shared by all tests: a cache of their own, real data where FEWSHOTMETA_DATA says, visible skips elsewhere."""
+import os
+from pathlib import Path
+import pytest, torch
+
+ROOT = Path(__file__).parent.parent
+
+@pytest.fixture(scope='session')
+def real_data():
+    "The data root, for tests on real data."
+    root = os.environ.get('FEWSHOTMETA_DATA')
+    if not root or not (Path(root)/'omniglot-py').is_dir(): pytest.skip('no real data: FEWSHOTMETA_DATA is not set')
+    return Path(root)
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    "An empty cache folder."
+    monkeypatch.setenv('FEWSHOTMETA_CACHE', str(tmp_path/'cache'))
+    return tmp_path/'cache'
+
+@pytest.fixture(scope='session')
+def noise_bank():
+    "40 classes of 25 random images, 16×16: a data set that costs nothing."
+    from fewshotmeta.data import ImageBank
+    gen = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (1000, 1, 16, 16), generator=gen, dtype=torch.uint8)
+    return ImageBank(images, range(0, 1000, 25), [25]*40, [f'class{i:02d}' for i in range(40)], name='noise')
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A file system of 256 kB."
+    import subprocess
+    folder = tmp_path/'small'; folder.mkdir()
+    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=256k', 'tmpfs', str(folder)], capture_output=True, text=True)
+    if done.returncode: pytest.skip(f'cannot mount a small file system here: {done.stderr.strip()}')
+    yield folder
+    subprocess.run(['umount', '-l', str(folder)], check=True)
+
+@pytest.fixture
+def read_only(tmp_path):
+    "A read-only file system, which binds root, too."
+    import subprocess
+    folder = tmp_path/'ro'; folder.mkdir()
+    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'ro,size=64k', 'tmpfs', str(folder)], capture_output=True, text=True)
+    if done.returncode: pytest.skip(f'cannot mount a read-only file system here: {done.stderr.strip()}')
+    yield folder
+    subprocess.run(['umount', '-l', str(folder)], check=True)

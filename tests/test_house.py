@@ -1,0 +1,55 @@
+"""The house itself: rooms import only rooms above them, notebooks are in order, nothing loads a pickle."""
+import ast, configparser, json, re, subprocess, sys, tomllib
+from pathlib import Path
+import pytest
+from conftest import ROOT
+
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+ROOMS = {re.search(r'#\| default_exp (\w+)', p.read_text()).group(1): p.name[:2] for p in NOTEBOOKS if re.match(r'\d\d', p.name)}
+
+def test_a_room_imports_only_rooms_above():
+    for room, number in ROOMS.items():
+        tree = ast.parse((ROOT/'fewshotmeta'/f'{room}.py').read_text())
+        used = {n.module.split('.')[1] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module and n.module.startswith('fewshotmeta.')}
+        assert all(ROOMS[u] < number for u in used), (room, used)
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_form(path):
+    nb = json.loads(path.read_text())
+    first, codes = ''.join(nb['cells'][0]['source']), [c for c in nb['cells'] if c['cell_type'] == 'code']
+    assert first.startswith('# ') and '\n> ' in first
+    assert not [o for c in codes for o in c['outputs'] if o['output_type'] == 'error']
+    assert len({c['id'] for c in nb['cells']}) == len(nb['cells'])
+    if 'experiments' in path.parts: assert sum('parameters' in c['metadata'].get('tags', []) for c in codes) == 1
+    elif path.name != 'index.ipynb': assert 'nbdev.nbdev_export()' in ''.join(codes[-1]['source'])
+
+def test_every_public_name_has_a_docstring_and_stands_in_all():
+    import importlib, fewshotmeta.all as everything
+    for room in ROOMS:
+        module = importlib.import_module(f'fewshotmeta.{room}')
+        for name in getattr(module, '__all__', []):
+            value = getattr(module, name)
+            assert room == 'all' or hasattr(everything, name)
+            if callable(value) and getattr(value, '__module__', '').startswith('fewshotmeta') and hasattr(value, '__name__') and value.__name__ != '<lambda>':
+                assert value.__doc__ and not value.__doc__.startswith(f'{name}('), f'{room}.{name} has no docstring'
+
+def test_no_pickle():
+    for path in (ROOT/'fewshotmeta').glob('*.py'): assert not re.search(r'torch\.load\(|torch\.save\(|\bpickle\b|allow_pickle', path.read_text()), path
+
+def test_settings_and_project_agree():
+    settings, project = configparser.ConfigParser(interpolation=None), tomllib.loads((ROOT/'pyproject.toml').read_text())
+    settings.read(ROOT/'settings.ini')
+    s = settings['DEFAULT']
+    import fewshotmeta
+    assert s['version'] == fewshotmeta.__version__ and s['allowed_cell_metadata_keys'] == 'tags' and s['update_pyproject'] == 'False'
+    assert project['project']['requires-python'] == f'>={s["min_python"]}' and 'nbdev' not in project['tool']
+    needs = {re.split(r'[<>=]', d)[0] for d in project['project']['dependencies']}
+    assert set(s['requirements'].split()) <= needs and not any('nbdev' in d for d in project['project']['dependencies'])
+
+def test_importing_the_package_needs_no_nbdev_and_no_plots():
+    code = 'import sys; import fewshotmeta.all; print([m for m in ("nbdev", "matplotlib.pyplot", "papermill", "pandas", "torchvision") if m in sys.modules])'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+def test_package_data_is_installed():
+    from importlib import resources
+    assert sorted(p.name for p in (resources.files('fewshotmeta')/'splits').iterdir() if p.name.endswith('.json')) == ['cub.json', 'emnist.json', 'glyphs.json', 'mini_imagenet.json', 'omniglot.json']
