@@ -7,7 +7,11 @@ from traitlets.config import Config
 
 def made():
     config = Config({'RegexRemovePreprocessor': {'patterns': [r'#\|\s*hide'], 'enabled': True}, 'MarkdownExporter': {'preprocessors': ['nbconvert.preprocessors.RegexRemovePreprocessor']}})
-    text, _ = MarkdownExporter(config=config).from_notebook_node(nbformat.read('nbs/index.ipynb', 4))
+    nb = nbformat.read('nbs/index.ipynb', 4)
+    nb.metadata['language_info'] = {'name': 'python'}
+    text, _ = MarkdownExporter(config=config).from_notebook_node(nb)
+    text = re.sub(r'```python\n#\| echo: false.*?```\n', '', text, flags=re.S)
+    text = re.sub(r'\n{3,}', '\n\n', text)
     text = re.sub(r'\]\((?!https?:|#|/)', '](nbs/', text)          # links are relative to the notebook
     return text.replace('](nbs/../', '](').strip() + '\n'
 
