@@ -14,7 +14,7 @@ FLAGS := $(if $(FEWSHOTMETA_DATA),--flags data,)
 .DEFAULT_GOAL := run
 
 run: $(READY)
-	$(BIN)/fewshotmeta run nbs/experiments/train.ipynb --name glyphs/first_run --force -p inner_lr=0.1 meta_lr=0.003 schedule=cosine meta_batch=4 iterations=900 valid_every=300 valid_tasks=100 test_tasks=200 scale=short
+	$(BIN)/fewshotmeta run nbs/experiments/train.ipynb --name glyphs/first_run --force -p inner_lr=0.1 meta_lr=0.003 schedule=cosine meta_batch=4 iterations=600 valid_every=200 valid_tasks=100 test_tasks=200 scale=short
 
 test: clean-check export-check readme-check notebooks pytest
 
