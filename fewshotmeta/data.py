@@ -251,7 +251,7 @@ def build_bank(
     if empty := [c for c, f in files.items() if not f]: raise BadImage(f'{name}: class {empty[0]!r} has no images')
     total, bad, at = sum(map(len, files.values())), [], 0
     images, count = torch.empty(total, channels, size, size, dtype=torch.uint8), []
-    with tqdm(total=total, desc=f'building {name}', unit='image', delay=1, leave=False) as bar:
+    with tqdm(total=total, desc=f'building {name}', unit='image', delay=1, mininterval=1, leave=False) as bar:
         for c, paths in files.items():
             first = at
             for p in paths:
@@ -369,7 +369,7 @@ def _build_emnist(raw, size, how):
     if len(x) != len(y): raise BadImage(f'{raw}: {len(x):,} images but {len(y):,} labels')
     order = np.argsort(y, kind='stable')
     x, count = 255 - x[order], np.bincount(y, minlength=62)                            # dark ink on light paper
-    x = np.stack([_resized(im, size, **how) for im in tqdm(x, desc='building emnist', delay=1, leave=False)])
+    x = np.stack([_resized(im, size, **how) for im in tqdm(x, desc='building emnist', delay=1, mininterval=1, leave=False)])
     return ImageBank(torch.from_numpy(x)[:, None], np.cumsum(count) - count, count, EMNIST_CLASSES, name='emnist')
 
 def _resized(x, size, resize, margin, invert):
@@ -483,7 +483,7 @@ def _build_glyphs(split, size):
     fonts = {f: ImageFont.truetype(str(folder/f'{f}.ttf'), int(2.4*size)) for f in FACES}
     chars = [(script, c) for script, cs in splits('glyphs')[split].items() for c in cs]
     out = []
-    for script, c in tqdm(chars, desc=f'drawing glyphs {split}', unit='character', delay=1, leave=False):
+    for script, c in tqdm(chars, desc=f'drawing glyphs {split}', unit='character', delay=1, mininterval=1, leave=False):
         faces = _faces_for(c, maps)
         if len(faces) < 4: raise DataMissing(f'{c!r} (U+{ord(c):04X}) is drawn by {len(faces)} of matplotlib\'s DejaVu faces, not by four: another matplotlib than 3.x?')
         out += [_render(c, j, fonts[faces[j % len(faces)]], size) for j in range(RENDERINGS)]

@@ -119,16 +119,16 @@ class MAML:
         xs:Tensor,           # support images, (tasks, n_way*k_shot, channels, height, width), float in [0,1]
         ys:Tensor,           # support labels, (tasks, n_way*k_shot), 0 … n_way-1
         steps:int|None=None, # inner steps; none: as in training
-        graph:bool=False,    # keep what a gradient through the steps needs
+        order:int=0,         # keep what a gradient through the steps needs: 0 nothing, 1 first order, 2 second order
         seen:dict|None=None, # filled with the statistics of each step, by norm layer
     ):                       # a generator of `Fast`, after 0 … steps inner steps
         "The inner loop (Finn et al. 2017, eq. 1)."
         steps = self._steps(steps); self._check(xs, ys)
-        theta = self.theta if graph else {k: v.detach() for k, v in self.theta.items()}
+        theta = self.theta if order else {k: v.detach() for k, v in self.theta.items()}
         own = {k: theta[k].expand(len(xs), *theta[k].shape) for k in self.adapted}
         scale = REDUCTIONS[self.reduction](self.n_way)
         for t in range(steps + 1):
-            if not graph: own = {k: v.detach().requires_grad_() for k, v in own.items()}
+            if not order: own = {k: v.detach().requires_grad_() for k, v in own.items()}
             fast = Fast(theta | own, t)
             with torch.enable_grad():
                 last = t == steps
@@ -138,12 +138,16 @@ class MAML:
                     if seen is not None and not last: _remember(seen, stats)
                 yield fast
                 if last: return
-                own = self.update(own, task_losses(logits, ys).sum()*scale, t, graph)
+                own = self.update(own, theta, task_losses(logits, ys).sum()*scale, t, order)
 
-    def update(self, own, loss, step, graph):
+    def update(self, own, theta, loss, step, order):
         "One inner step on the adapted parameters; tasks are independent, so one gradient of the sum serves all."
-        grads = torch.autograd.grad(loss, list(own.values()), create_graph=graph and self.order == 2, materialize_grads=True)
-        return {k: v - self.inner_lr*g for (k, v), g in zip(own.items(), grads)}
+        grads = torch.autograd.grad(loss, list(own.values()), create_graph=order == 2, materialize_grads=True)
+        return {k: v - self.rate(theta, k, step)*g for (k, v), g in zip(own.items(), grads)}
+
+    def rate(self, theta, name, step):
+        "The step size of one parameter at one step; MAML has one for all."
+        return self.inner_lr
 
     def adapt(self,
         xs:Tensor,           # support images, (tasks, n_way*k_shot, channels, height, width), float in [0,1]
@@ -168,7 +172,7 @@ class MAML:
     ) -> MetaLoss:
         "The query loss after adaptation, for each task, as a function of `theta`."
         seen = {} if self.buffers else None
-        for fast in self.trajectory(episodes.xs, episodes.ys, graph=True, seen=seen): pass
+        for fast in self.trajectory(episodes.xs, episodes.ys, order=self.order, seen=seen): pass
         logits, _ = self.logits(fast, episodes.xq, max(fast.steps - 1, 0))
         loss, right = task_losses(logits, episodes.yq), (logits.argmax(-1) == episodes.yq).float().mean(1)
         return MetaLoss(loss, right.detach(), {f'{k}.{n}': torch.stack([s[j].mean(0) for s in v])

@@ -251,7 +251,12 @@ def _say_result(result, folder, a):
     near = os.path.relpath(folder)
     print(f'\n  executed notebook  {near}/notebook.ipynb\n  result             {near}/result.json')
     if result.get('already'): print('  --force runs it again')
-    print(f'\nNext: change a parameter, as in\n  fewshotmeta run {a.notebook} -p n_way=20 seed=1\nor `make lab`, open {a.notebook} and read it; `fewshotmeta data` says which data sets are there.')
+    me = _myself()
+    print(f'\nNext: change a parameter, as in\n  {me} run {a.notebook} -p n_way=20 seed=1\nor `make lab`, open {a.notebook} and read it; `{me} data` says which data sets are there.')
+
+def _myself():
+    "The command that the user can type again."
+    return 'fewshotmeta' if shutil.which('fewshotmeta') else os.path.relpath(sys.argv[0])
 
 def _cmd_data(a):
     if a.get: _get(a.get, a.root)
