@@ -14,7 +14,7 @@ FLAGS := $(if $(FEWSHOTMETA_DATA),--flags data,)
 .DEFAULT_GOAL := run
 
 run: $(READY)
-	$(BIN)/fewshotmeta run nbs/experiments/train.ipynb --name glyphs/first_run --force -p inner_lr=0.1 meta_lr=0.003 schedule=cosine meta_batch=4 iterations=600 valid_every=200 valid_tasks=100 test_tasks=200 scale=short
+	$(BIN)/fewshotmeta run nbs/experiments/train.ipynb --name glyphs/first_run -p inner_lr=0.1 meta_lr=0.003 schedule=cosine meta_batch=4 iterations=600 valid_every=200 valid_tasks=100 test_tasks=200 scale=short
 
 test: clean-check export-check readme-check notebooks pytest
 
@@ -46,5 +46,6 @@ pytest: $(READY)
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"fewshotmeta needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check -q $(TORCH) -e '.[dev]'
+	$(BIN)/pip install --disable-pip-version-check -q $(TORCH)
+	$(BIN)/pip install --disable-pip-version-check -q -e '.[dev]'
 	touch $@

@@ -11,6 +11,7 @@ from .episodes import *
 from .layers import *
 from .backbones import *
 from .maml import *
+from .mamlpp import *
 from .training import *
 from .evaluation import *
 from .runs import *

@@ -6,7 +6,7 @@
 __all__ = ['CONV_INITS', 'PROTOCOLS', 'HEAD_INITS', 'Conv4', 'pick', 'conv4', 'init_head', 'ModuleBackbone', 'from_module']
 
 # %% ../nbs/03_backbones.ipynb #3df87480
-import math
+import hashlib, math, threading
 from copy import deepcopy
 from dataclasses import dataclass, field
 
@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from .layers import *
 from .layers import NORMS
+from .data import check_size
 
 # %% ../nbs/03_backbones.ipynb #0b51872c
 def _uniform(shape, bound, gen): return (torch.rand(shape, generator=gen)*2 - 1)*bound
@@ -52,6 +53,8 @@ class Conv4:
         pick('affine', self.affine, ('both', 'shift')); pick('conv_init', self.conv_init, CONV_INITS)
         if self.norm == 'per_step' and not self.norm_steps:
             raise ValueError("norm='per_step' keeps statistics for each inner step: say how many with norm_steps")
+        check_size('filters', self.filters, 1); check_size('channels', self.channels, 1); check_size('size', self.size, 1)
+        if self.norm_steps is not None: check_size('norm_steps', self.norm_steps, 1)
         if self.size < 16: raise ValueError(f'size={self.size}: four halvings need images of at least 16 pixels')
 
     @property
@@ -172,7 +175,7 @@ class ModuleBackbone:
         channels:int=3,   # of the images
         size:int=84,      # height and width of the images, pixels
     ):
-        self.module, self.channels, self.size = deepcopy(module).train(), channels, size
+        self.module, self.channels, self.size, self._copies = deepcopy(module).train(), channels, size, {}
         norms = [(n, m) for n, m in self.module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         for _, m in self.module.named_modules():
             if isinstance(m, nn.modules.dropout._DropoutNd): m.eval()
@@ -188,9 +191,15 @@ class ModuleBackbone:
 
     def buffers(self) -> dict: return {}
 
+    def __repr__(self):
+        weights = hashlib.sha256(b''.join(v.detach().cpu().numpy().tobytes() for v in self.module.parameters())).hexdigest()[:8]
+        return f'ModuleBackbone({self.channels}×{self.size}×{self.size}, weights {weights}, {self.module!r})'
+
     def _features(self, p, x):
-        state = {k: v.clone() for k, v in self.module.named_buffers()}
-        return functional_call(self.module, (p, state), (x,)).flatten(1)
+        mine = self._copies.setdefault(threading.get_ident(), None) or deepcopy(self.module)   # swapping parameters in is not thread-safe
+        self._copies[threading.get_ident()] = mine
+        state = {k: v.to(x.device, x.dtype if v.is_floating_point() else v.dtype, copy=True) for k, v in mine.named_buffers()}
+        return functional_call(mine, (p, state), (x,)).flatten(1)
 
     def __call__(self, p:dict, x:Tensor, step:int=0, stats:dict|None=None) -> tuple[Tensor,dict]:
         "Features (tasks, n, out_features) of a batch of tasks, one task after another."

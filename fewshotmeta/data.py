@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FORMAT', 'FILTERS', 'IMAGE_SUFFIXES', 'ROTATED', 'HOW_TO_GET', 'WHERE', 'EMNIST_CLASSES', 'FACES', 'RENDERINGS',
            'LOADERS', 'DataMissing', 'BadImage', 'BadBank', 'check_size', 'ImageBank', 'atomic', 'save_bank',
-           'load_bank', 'cache_folder', 'data_root', 'cached', 'read_image', 'build_bank', 'splits', 'omniglot',
-           'emnist', 'mini_imagenet', 'cub', 'glyphs', 'image_folder', 'load_data', 'data_status']
+           'load_bank', 'cache_folder', 'data_root', 'cached', 'read_image', 'check_pixels', 'build_bank', 'splits',
+           'omniglot', 'emnist', 'mini_imagenet', 'cub', 'glyphs', 'image_folder', 'load_data', 'data_status']
 
 # %% ../nbs/00_data.ipynb #2f67c143
-import csv, errno, hashlib, json, os, re, struct, tempfile, warnings
+import csv, errno, hashlib, json, os, re, struct, warnings
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib import resources
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -80,12 +80,13 @@ class ImageBank:
     def __getitem__(self, c:str # a class name, or its number
                    ) -> Tensor: # its images, (n, channels, height, width), uint8
         "The images of a class."
-        i = c if isinstance(c, int) else self.classes.index(c)
+        i = self.classes.index(c) if isinstance(c, str) else int(c)
         return self.images[self.start[i]:self.start[i] + self.count[i]]
 
     def select(self, classes, # names or numbers
                name:str|None=None) -> 'ImageBank':
         "Some of the classes. Shares the images."
+        classes = list(classes)
         if classes and isinstance(classes[0], str):
             at = {c: i for i, c in enumerate(self.classes)}
             if missing := [c for c in classes if c not in at]: raise ValueError(f'{self.name} has no class {missing[0]!r} ({len(missing)} missing)')
@@ -182,13 +183,13 @@ def _difference(a, b): return ', '.join(f'{k}={a.get(k)!r}, wanted {b.get(k)!r}'
 def cache_folder() -> Path:
     "Where banks are cached: FEWSHOTMETA_CACHE, or the user's cache folder."
     base = os.environ.get('FEWSHOTMETA_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'fewshotmeta'
-    return Path(base)
+    return Path(base).absolute()
 
 def data_root(
     root=None, # a folder, or none
 ) -> Path:
     "Where data sets are looked for: `root`, or FEWSHOTMETA_DATA, or a folder in the cache."
-    return Path(root or os.environ.get('FEWSHOTMETA_DATA') or cache_folder()/'data')
+    return Path(root or os.environ.get('FEWSHOTMETA_DATA') or cache_folder()/'data').absolute()
 
 # %% ../nbs/00_data.ipynb #b7a34433
 def cached(
@@ -216,17 +217,19 @@ def read_image(
     resize:str='nearest', # a key of `FILTERS`
     margin:float=1.,    # resize to margin*size, then cut out the centre
     invert:bool=False,
+    squash:bool=False,  # do not cut a square out, squeeze the whole image into one
     expect:tuple|None=None, # the (width, height) that the file must have
 ) -> np.ndarray:        # (channels, size, size), uint8
     "One image as pixels. Raises `BadImage` with the file's name."
     try:
         with Image.open(path) as im:
             if expect and im.size != expect: raise BadImage(f'{path}: {im.size[0]}×{im.size[1]} pixels, expected {expect[0]}×{expect[1]}')
-            im = _flatten_mode(im, channels)
-    except (UnidentifiedImageError, OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as e:
+            im = _flatten_mode(ImageOps.exif_transpose(im), channels)
+    except BadImage: raise
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as e:
         raise BadImage(f'{path}: {e}') from e
     w, h = im.size
-    if w != h: s = min(w, h); im = im.crop(((w - s)//2, (h - s)//2, (w - s)//2 + s, (h - s)//2 + s))
+    if w != h and not squash: s = min(w, h); im = im.crop(((w - s)//2, (h - s)//2, (w - s)//2 + s, (h - s)//2 + s))
     big = int(size*margin)
     if im.size != (big, big): im = im.resize((big, big), FILTERS[resize])
     if big != size: o = (big - size)//2; im = im.crop((o, o, o + size, o + size))
@@ -235,11 +238,19 @@ def read_image(
     return 255 - x if invert else x
 
 def _flatten_mode(im, channels):
-    if im.mode.startswith('I') or im.mode == 'F': raise BadImage(f'{im.filename}: {im.mode} pixels (16 bit or float): convert it to 8 bit')
+    if im.mode.startswith('I') or im.mode == 'F': raise ValueError(f'{im.mode} pixels (16 bit or float): convert it to 8 bit')
     if im.mode in ('P', 'PA', 'LA', 'RGBA', 'La', 'RGBa') or 'transparency' in im.info:
         im = im.convert('RGBA')
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
     return im.convert('L' if channels == 1 else 'RGB')
+
+# %% ../nbs/00_data.ipynb #295b7d4f
+def check_pixels(size:int, channels:int, resize:str='nearest', margin:float=1.) -> None:
+    "Refuse what no image can be made of, naming value and bound."
+    check_size('size', size, 8)
+    if channels not in (1, 3): raise ValueError(f'channels={channels}: 1 (grey) or 3 (RGB)')
+    if resize not in FILTERS: raise ValueError(f'resize={resize!r}: choose one of {", ".join(FILTERS)}')
+    if not margin >= 1: raise ValueError(f'margin={margin}: at least 1, the image itself')
 
 # %% ../nbs/00_data.ipynb #9d2cd380
 def build_bank(
@@ -247,7 +258,7 @@ def build_bank(
     size:int, channels:int, name:str, skip_unreadable:bool=False, **how, # `read_image`'s arguments
 ) -> ImageBank:
     "Read the images of all classes."
-    if how.get('resize', 'nearest') not in FILTERS: raise ValueError(f'resize={how["resize"]!r}: choose one of {", ".join(FILTERS)}')
+    check_pixels(size, channels, how.get('resize', 'nearest'), how.get('margin', 1.))
     if empty := [c for c, f in files.items() if not f]: raise BadImage(f'{name}: class {empty[0]!r} has no images')
     total, bad, at = sum(map(len, files.values())), [], 0
     images, count = torch.empty(total, channels, size, size, dtype=torch.uint8), []
@@ -318,6 +329,7 @@ def omniglot(
     download:bool=True,            # through torchvision, where it is missing
 ) -> ImageBank:
     "Omniglot. Looks under `root/omniglot-py`, torchvision's layout. Raises `DataMissing`, `BadImage`, `ValueError`."
+    check_pixels(size, channels, resize, margin)
     classes, root = _omniglot_classes(protocol, split), data_root(root)
     have = lambda: all((root/'omniglot-py'/f'images_{p}').is_dir() for p in ('background', 'evaluation'))
     if not have() and download: _download('Omniglot', root, lambda tv: [tv.Omniglot(root, background=b, download=True) for b in (True, False)])
@@ -390,13 +402,13 @@ def emnist(
     download:bool=True,     # through torchvision, where it is missing
 ) -> ImageBank:
     "EMNIST ByClass, test part, upright, with Omniglot's polarity. Raises `DataMissing`, `BadImage`, `ValueError`."
+    check_pixels(size, channels, resize, margin)
     classes, root = list(_choose('split', split, splits('emnist'))), data_root(root)
     raw = root/'EMNIST'/'raw'
     files = [raw/f'emnist-byclass-test-{k}-ubyte' for k in ('images-idx3', 'labels-idx1')]
     if not all(f.is_file() for f in files) and download: _download('EMNIST', root, lambda tv: tv.EMNIST(root, split='byclass', train=False, download=True))
     if not all(f.is_file() for f in files): raise DataMissing(_missing('emnist', root))
     how = dict(resize=resize, margin=margin, invert=invert)
-    _choose('resize', resize, FILTERS)
     made = dict(set='emnist', root=str(raw.resolve()), size=size, source=_fingerprint(raw, files), **how)
     bank = cached(made, lambda: _build_emnist(raw, size, how)).select(classes, f'emnist {split}')
     return bank if channels == 1 else _repeat(bank, channels)
@@ -421,14 +433,17 @@ def mini_imagenet(
     size:int=84,           # height and width, pixels
     resize:str='bilinear', # filter, for files of another size
     margin:float=1.,       # 1.15: resize larger and cut out the centre (CloserLook; needs full-size files to mean the same)
+    squash:bool=True,      # squeeze files that are not square, as the references do; False cuts the centre out
     root=None,             # data root
 ) -> ImageBank:
     "mini-ImageNet, RGB. Looks under `root/mini-imagenet`. Raises `DataMissing`, `BadImage`, `ValueError`."
+    check_pixels(size, 3, resize, margin)
     classes, base = _choose('split', split, splits('mini_imagenet')), data_root(root)/'mini-imagenet'
     if not ((base/split).is_dir() or (base/f'{split}.csv').is_file()): raise DataMissing(_missing('mini_imagenet', base.parent))
-    sources = [base/split] if (base/split).is_dir() else [base/f'{split}.csv', base/'images']
-    made = dict(set='mini_imagenet', split=split, root=str(base.resolve()), size=size, resize=resize, margin=margin, source=_fingerprint(base, sources))
-    return cached(made, lambda: build_bank(_mini_files(base, split, classes), size, 3, f'mini_imagenet {split}', resize=resize, margin=margin))
+    sources = [base/split/c for c in _folders(base/split)] if (base/split).is_dir() else [base/f'{split}.csv', base/'images']
+    how = dict(resize=resize, margin=margin, squash=squash)
+    made = dict(set='mini_imagenet', split=split, root=str(base.resolve()), size=size, source=_fingerprint(base, sources), **how)
+    return cached(made, lambda: build_bank(_mini_files(base, split, classes), size, 3, f'mini_imagenet {split}', **how))
 
 # %% ../nbs/00_data.ipynb #37186d92
 def cub(
@@ -436,14 +451,17 @@ def cub(
     size:int=84,           # height and width, pixels
     resize:str='bilinear', # filter
     margin:float=1.15,     # resize larger and cut out the centre (CloserLook's evaluation transform)
+    squash:bool=True,      # squeeze photographs into a square, as CloserLook does; False cuts the centre out
     root=None,             # data root
 ) -> ImageBank:
     "CUB-200-2011, RGB. Looks under `root/CUB_200_2011/images`. Raises `DataMissing`, `BadImage`, `ValueError`."
+    check_pixels(size, 3, resize, margin)
     classes, base = _choose('split', split, splits('cub')), data_root(root)/'CUB_200_2011'/'images'
     if not base.is_dir(): raise DataMissing(_missing('cub', base.parent.parent))
     if lacking := [c for c in classes if not (base/c).is_dir()]: raise DataMissing(f'{base} lacks {len(lacking)} species (first: {lacking[0]}): unpack the archive whole')
-    made = dict(set='cub', split=split, root=str(base.resolve()), size=size, resize=resize, margin=margin, source=_fingerprint(base, [base/c for c in classes]))
-    return cached(made, lambda: build_bank({c: _images_in(base/c) for c in classes}, size, 3, f'cub {split}', resize=resize, margin=margin))
+    how = dict(resize=resize, margin=margin, squash=squash)
+    made = dict(set='cub', split=split, root=str(base.resolve()), size=size, source=_fingerprint(base, [base/c for c in classes]), **how)
+    return cached(made, lambda: build_bank({c: _images_in(base/c) for c in classes}, size, 3, f'cub {split}', **how))
 
 # %% ../nbs/00_data.ipynb #e3862bfa
 FACES = [f'DejaVu{family}{style}' for family, styles in
@@ -458,6 +476,12 @@ def _charmaps():
     from matplotlib.ft2font import FT2Font
     folder = Path(matplotlib.get_data_path())/'fonts'/'ttf'
     return folder, {f: frozenset(FT2Font(str(folder/f'{f}.ttf')).get_charmap()) for f in FACES}
+
+def _renderer():
+    "Versions that decide how a font is drawn."
+    import matplotlib
+    from PIL import features
+    return f'matplotlib {matplotlib.__version__}, FreeType {features.version("freetype2")}'
 
 def _unit(char, j, n=6):
     "n numbers in [-1, 1), a function of (char, j) alone."
@@ -498,8 +522,8 @@ def glyphs(
     channels:int=1,    # 3 repeats the grey channel
 ) -> ImageBank:
     "Printed characters of matplotlib's DejaVu fonts, split by writing system. Needs no download."
-    _choose('split', split, splits('glyphs')); check_size('size', size, 8)
-    made = dict(set='glyphs', split=split, size=size, invert=invert, renderings=RENDERINGS)
+    _choose('split', split, splits('glyphs')); check_pixels(size, channels)
+    made = dict(set='glyphs', split=split, size=size, invert=invert, renderings=RENDERINGS, drawn_by=_renderer())
     def build():
         bank = _build_glyphs(split, size)
         return ImageBank(255 - bank.images, bank.start, bank.count, bank.classes, name=bank.name) if invert else bank
@@ -516,7 +540,8 @@ def image_folder(
     skip_unreadable:bool=False, # leave unreadable files out with a warning, instead of refusing
 ) -> ImageBank:
     "Anyone's folder of class folders. Raises `DataMissing`, `BadImage` (naming each unreadable file), `ValueError`."
-    path = Path(path)
+    check_pixels(size, channels, resize)
+    path = Path(path).resolve()
     if not path.is_dir(): raise DataMissing(f'{path} is not a folder: expected one folder of images a class in it')
     files = {c: _images_in(path/c) for c in _folders(path)}
     files = {c: f for c, f in files.items() if f}

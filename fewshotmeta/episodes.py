@@ -74,6 +74,7 @@ class EpisodeSampler:
 
     def __post_init__(self):
         b = self.bank
+        if not np.all(np.asarray(self.std) > 0): raise ValueError(f'std={self.std}: a divisor is greater than 0')
         for name, low in (('n_way', 2), ('k_shot', 1), ('n_query', 1), ('seed', 0)): check_size(name, getattr(self, name), low)
         if self.n_way > b.n_families:
             raise ValueError(f'n_way={self.n_way}, but {b.name} has {b.n_families} {"classes" if b.n_families == len(b) else "families of classes"}')
@@ -97,8 +98,8 @@ class EpisodeSampler:
         family = _distinct(random_bits(self._key, index, 2*n), self.bank.n_families, n)
         member = _below(random_bits(self._key, index, n, first=2*n), self.bank.family_size[family])
         classes = self.bank.family_members[self.bank.family_start[family] + member]
-        bits = random_bits(self._key, index, 2*k*n, first=3*n).reshape(-1, 2*k)
-        pick = _distinct(bits, self.bank.count[classes].reshape(-1), k).reshape(-1, n, k)
+        bits = random_bits(self._key, index, 2*k*n, first=3*n).reshape(len(index)*n, 2*k)
+        pick = _distinct(bits, self.bank.count[classes].reshape(-1), k).reshape(len(index), n, k)
         return classes, self.bank.start[classes][..., None] + pick
 
     def __getitem__(self, i) -> Episodes:
@@ -111,7 +112,7 @@ class EpisodeSampler:
     def _gather(self, index):
         _, images = self.draw(index)
         t, device = len(images), self.bank.images.device
-        side = lambda part: self._images(torch.from_numpy(np.ascontiguousarray(part).reshape(t, -1)).to(device))
+        side = lambda part: self._images(torch.from_numpy(np.ascontiguousarray(part).reshape(t, part.shape[1]*part.shape[2])).to(device))
         label = lambda k: torch.arange(self.n_way, device=device).repeat_interleave(k).repeat(t, 1)
         return Episodes(side(images[..., :self.k_shot]), label(self.k_shot), side(images[..., self.k_shot:]), label(self.n_query))
 

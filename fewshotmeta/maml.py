@@ -83,9 +83,10 @@ class MAML:
     ):
         check_size('n_way', n_way, 2); check_size('inner_steps', inner_steps, 0); pick('order', order, (1, 2))
         pick('reduction', reduction, REDUCTIONS)
+        if (n := backbone.norm_steps) and n != inner_steps: raise ValueError(f'norm_steps={n} of the backbone, but inner_steps={inner_steps}: per-step norms need a row for each step')
         if not inner_lr > 0: raise ValueError(f'inner_lr={inner_lr}: a step size is greater than 0')
         self.backbone, self.n_way, self.inner_lr, self.inner_steps = backbone, n_way, inner_lr, inner_steps
-        self.order, self.adapts, self.reduction, self.seed = order, adapts, reduction, seed
+        self.order, self.adapts, self.reduction, self.head_init, self.seed = order, adapts, reduction, head_init, seed
         gen = torch.Generator().manual_seed(seed)
         theta = backbone.init(gen) | init_head(n_way, backbone.out_features, head_init, gen)
         self.theta = {k: v.requires_grad_() for k, v in theta.items()}
@@ -129,20 +130,18 @@ class MAML:
         scale = REDUCTIONS[self.reduction](self.n_way)
         for t in range(steps + 1):
             if not order: own = {k: v.detach().requires_grad_() for k, v in own.items()}
-            fast = Fast(theta | own, t)
-            with torch.enable_grad():
-                last = t == steps
-                if not last or self.backbone.norm == 'support':
-                    logits, stats = self.logits(fast, xs, min(t, steps - 1) if steps else 0)
-                    if self.backbone.norm == 'support': fast.stats = stats
-                    if seen is not None and not last: _remember(seen, stats)
-                yield fast
-                if last: return
-                own = self.update(own, theta, task_losses(logits, ys).sum()*scale, t, order)
+            fast, last = Fast(theta | own, t), t == steps
+            if not last or self.backbone.norm == 'support':
+                with torch.enable_grad(): logits, stats = self.logits(fast, xs, min(t, steps - 1) if steps else 0)
+                if self.backbone.norm == 'support': fast.stats = stats if order else _detached(stats)
+                if seen is not None and not last: _remember(seen, stats)
+            yield fast
+            if last: return
+            with torch.enable_grad(): own = self.update(own, theta, task_losses(logits, ys).sum()*scale, t, order)
 
     def update(self, own, theta, loss, step, order):
         "One inner step on the adapted parameters; tasks are independent, so one gradient of the sum serves all."
-        grads = torch.autograd.grad(loss, list(own.values()), create_graph=order == 2, materialize_grads=True)
+        grads = torch.autograd.grad(loss, list(own.values()), create_graph=order == 2, retain_graph=order > 0, materialize_grads=True)
         return {k: v - self.rate(theta, k, step)*g for (k, v), g in zip(own.items(), grads)}
 
     def rate(self, theta, name, step):
@@ -166,15 +165,25 @@ class MAML:
         "Scores of the classes for each query image."
         return self.logits(fast, xq, max(fast.steps - 1, 0))[0]
 
+    def order_at(self, progress:float) -> int:
+        "Order of the derivatives through the inner loop, at this point of the training."
+        return self.order
+
+    def weights(self, progress:float) -> list[float]:
+        "Weight of the query loss after 0, 1, … inner_steps steps: MAML looks at the last alone."
+        return [0.]*self.inner_steps + [1.]
+
     def meta_loss(self,
         episodes,           # an `Episodes` batch
         progress:float=0.,  # fraction of the training behind us; MAML does not look at it
     ) -> MetaLoss:
-        "The query loss after adaptation, for each task, as a function of `theta`."
-        seen = {} if self.buffers else None
-        for fast in self.trajectory(episodes.xs, episodes.ys, order=self.order, seen=seen): pass
-        logits, _ = self.logits(fast, episodes.xq, max(fast.steps - 1, 0))
-        loss, right = task_losses(logits, episodes.yq), (logits.argmax(-1) == episodes.yq).float().mean(1)
+        "The weighted query loss along adaptation, for each task, as a function of `theta`."
+        seen, loss, weights = {} if self.buffers else None, 0., self.weights(progress)
+        for fast in self.trajectory(episodes.xs, episodes.ys, order=self.order_at(progress), seen=seen):
+            if not weights[fast.steps]: continue
+            logits, _ = self.logits(fast, episodes.xq, max(fast.steps - 1, 0))
+            loss = loss + weights[fast.steps]*task_losses(logits, episodes.yq)
+        right = (logits.argmax(-1) == episodes.yq).float().mean(1)
         return MetaLoss(loss, right.detach(), {f'{k}.{n}': torch.stack([s[j].mean(0) for s in v])
                                                for k, v in (seen or {}).items() for j, n in enumerate(('mean', 'var'))})
 
@@ -189,6 +198,8 @@ class MAML:
         if xs.dim() != 5: raise ValueError(f'xs has shape {tuple(xs.shape)}: expected (tasks, n_way*k_shot, channels, height, width)')
         if (top := int(ys.max())) >= self.n_way:
             raise ValueError(f'label {top} in ys, but the learner has n_way={self.n_way}: labels run from 0 to {self.n_way - 1}')
+
+def _detached(stats): return {k: tuple(v.detach() for v in pair) for k, pair in stats.items()}
 
 def _remember(seen, stats):
     for k, v in stats.items(): seen.setdefault(k, []).append(v)

@@ -7,7 +7,7 @@ __all__ = ['RESULT_TYPE', 'BadParameters', 'Parameter', 'read_parameters', 'pars
            'report', 'run_folder', 'provenance', 'RunFailed', 'project_folder', 'default_name', 'run_notebook', 'main']
 
 # %% ../nbs/30_runs.ipynb #187c2b52
-import argparse, ast, contextlib, hashlib, importlib.metadata, json, math, os, platform, re, shlex, shutil, subprocess, sys, time
+import argparse, ast, contextlib, importlib.metadata, json, math, os, platform, re, shutil, subprocess, sys, time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,7 +33,10 @@ def read_parameters(
     notebook, # path of an experiment notebook
 ) -> dict[str,Parameter]:
     "The parameters of a notebook, by name. Raises `BadParameters`."
-    cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
+    try: cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
+    except (ValueError, KeyError, TypeError) as e: raise BadParameters(f'{notebook} is not a notebook ({e})') from None
+    if any('injected-parameters' in c.get('metadata', {}).get('tags', []) for c in cells):
+        raise BadParameters(f'{notebook} was executed already, its parameters are injected: run the experiment that it came from')
     tagged = [c for c in cells if c['cell_type'] == 'code' and 'parameters' in c.get('metadata', {}).get('tags', [])]
     if len(tagged) != 1: raise BadParameters(f'{notebook} has {len(tagged)} cells tagged "parameters", not one: tag the cell in JupyterLab (Property Inspector, Cell Tags)')
     source = ''.join(tagged[0]['source'])
@@ -41,11 +44,13 @@ def read_parameters(
 
 def _parameters(source, where):
     lines = source.splitlines()
-    for node in ast.parse(source).body:
+    try: body = ast.parse(source).body
+    except SyntaxError as e: raise BadParameters(f'{where}: the parameters cell is not plain Python, line {e.lineno}: {e.msg}') from None
+    for node in body:
         line = lines[node.lineno - 1]
-        try: name, value = node.targets[0].id, ast.literal_eval(node.value)
-        except (AttributeError, ValueError, IndexError): raise BadParameters(f'{where}: parameters are lines of the form `name = literal  # meaning`, not {line!r}') from None
-        yield Parameter(name, value, line[node.end_col_offset:].strip(' #') if node.lineno == node.end_lineno else '')
+        try: (target,), value = node.targets, ast.literal_eval(node.value); name = target.id
+        except (AttributeError, ValueError): raise BadParameters(f'{where}: parameters are lines of the form `name = literal  # meaning`, not {line!r}') from None
+        yield Parameter(name, list(value) if isinstance(value, tuple) else value, line[node.end_col_offset:].strip(' #') if node.lineno == node.end_lineno else '')
 
 # %% ../nbs/30_runs.ipynb #d8766fcf
 def parse_value(p:Parameter, text:str):
@@ -109,11 +114,13 @@ def _git(*args, cwd=None):
     try: return subprocess.run(['git', *args], cwd=cwd, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError): return None
 
-def provenance(project:Path) -> dict:
-    "Versions, device, commit, and whether code differs from that commit."
+def provenance(cuda:bool=True # whether the run may use a GPU
+              ) -> dict:
+    "Versions, device, the commit of the package's own repository, and whether code differs from that commit."
+    project = Path(fewshotmeta.__file__).parent.parent
     versions = {n: importlib.metadata.version(n) for n in ('torch', 'numpy', 'pillow', 'papermill')}
     status = _git('status', '--porcelain', '--', 'nbs', 'fewshotmeta', cwd=project)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()} cores ({platform.machine()})'
+    device = torch.cuda.get_device_name() if cuda and torch.cuda.is_available() else f'CPU, {len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()} cores ({platform.machine()})'
     return dict(device=device, versions=dict(python=platform.python_version(), fewshotmeta=fewshotmeta.__version__, **versions),
                 commit=_git('rev-parse', 'HEAD', cwd=project), dirty=bool(status) if status is not None else None)
 
@@ -147,12 +154,12 @@ def run_notebook(
     project = project_folder(notebook)
     experiment, slug = _split_name(name or default_name(given), notebook.stem)
     folder = Path(runs or project/'runs')/experiment/slug
-    if (done := _finished(folder, params, force)) is not None: return done
+    if (done := _finished(folder, notebook.name, params, force)) is not None: return done
     _prepare(folder, force)
-    started, t = _now(), time.perf_counter()
+    started, t, origin = _now(), time.perf_counter(), provenance(params.get('device') != 'cpu')   # now: a long run may see other commits
     left = _execute(notebook, folder, {k: v for k, v in params.items() if k in given}, quiet)
     result = dict(experiment=experiment, run=slug, notebook=notebook.name, scale=params.get('scale'), params=params, **left,
-                  seconds=round(time.perf_counter() - t, 2), **provenance(project), started=started, finished=_now())
+                  seconds=round(time.perf_counter() - t, 2), **origin, started=started, finished=_now())
     with atomic(folder/'result.json') as tmp: tmp.write_text(json.dumps(result, indent=1) + '\n')
     return result
 
@@ -164,12 +171,13 @@ def _split_name(name, stem):
     experiment, _, slug = name.rpartition('/')
     return experiment or stem, slug
 
-def _finished(folder, params, force):
+def _finished(folder, notebook, params, force):
     "The result of a run that is done already; `BadParameters` if it was another one."
     path = folder/'result.json'
     if force or not path.exists(): return None
     try: result = json.loads(path.read_text())
     except ValueError: raise BadParameters(f'{path} is not a whole result: run again with --force') from None
+    if result.get('notebook') != notebook: raise BadParameters(f'{folder} holds a finished run of {result.get("notebook")}: choose another --name, or --force to replace it')
     if result.get('params') != params:
         other = [k for k in params if result.get('params', {}).get(k) != params[k]]
         raise BadParameters(f'{folder} holds a finished run with another {", ".join(other) or "set of parameters"}: choose another --name, or --force to replace it')
@@ -177,15 +185,16 @@ def _finished(folder, params, force):
 
 def _prepare(folder, force):
     "Make the folder, and find out now whether it can be written."
-    if force and folder.exists():
-        for f in ('result.json', 'notebook.ipynb', 'metrics.csv', 'checkpoint.safetensors', 'failed.ipynb'): (folder/f).unlink(missing_ok=True)
     with atomic(folder/'.writable') as tmp: tmp.write_text('')
     (folder/'.writable').unlink()
+    if force:
+        for f in ('result.json', 'notebook.ipynb', 'metrics.csv', 'checkpoint.safetensors', 'failed.ipynb'): (folder/f).unlink(missing_ok=True)
 
 def _environment(folder):
     "What the kernel's environment has besides ours: the run's folder, an allocator that keeps freed memory, one thread an operation."
     keep = dict(MALLOC_MMAP_MAX_='0', MALLOC_TRIM_THRESHOLD_=str(2**31 - 1), MALLOC_ARENA_MAX='1', OMP_NUM_THREADS='1')
-    return {k: v for k, v in keep.items() if k not in os.environ} | dict(FEWSHOTMETA_RUN=str(folder.resolve()))
+    places = {k: os.path.abspath(os.environ[k]) for k in ('FEWSHOTMETA_DATA', 'FEWSHOTMETA_CACHE') if os.environ.get(k)}   # the kernel works elsewhere
+    return {k: v for k, v in keep.items() if k not in os.environ} | places | dict(FEWSHOTMETA_RUN=str(folder.resolve()))
 
 @contextlib.contextmanager
 def _environ(values):
@@ -199,6 +208,7 @@ def _environ(values):
 def _execute(notebook, folder, params, quiet):
     "Run the notebook in its own kernel, in its own folder; returns what it reported."
     import papermill
+    from nbclient.exceptions import CellControlSignal
     from papermill.exceptions import PapermillExecutionError
     partial, show = folder/'.notebook.partial.ipynb', {} if quiet else dict(stdout_file=sys.stdout, stderr_file=sys.stderr)
     try:
@@ -207,6 +217,9 @@ def _execute(notebook, folder, params, quiet):
     except PapermillExecutionError as e:
         os.replace(partial, folder/'failed.ipynb')
         raise RunFailed(f'{notebook.name} raised {e.ename}: {e.evalue}\nthe traceback is in {folder}/failed.ipynb; a checkpoint, if there is one, is kept') from e
+    except (CellControlSignal, RuntimeError) as e:           # nbclient's word for a kernel that died or did not answer
+        with contextlib.suppress(OSError): os.replace(partial, folder/'failed.ipynb')
+        raise RunFailed(f'{notebook.name}: {e}. A kernel that dies without a traceback was killed, mostly for memory; a checkpoint, if there is one, is kept') from e
     except BaseException: partial.unlink(missing_ok=True); raise
     left = [o['data'][RESULT_TYPE] for c in nb.cells for o in c.get('outputs', []) if RESULT_TYPE in o.get('data', {})]
     if len(left) != 1:
@@ -285,4 +298,4 @@ def main(
     try: a.f(a); return 0
     except (BadParameters, DataMissing, BadImage, ValueError) as e: print(f'fewshotmeta: {e}', file=sys.stderr); return 2
     except (RunFailed, OSError) as e: print(f'fewshotmeta: {e}', file=sys.stderr); return 1
-    except KeyboardInterrupt: print('fewshotmeta: interrupted; the same command continues from the checkpoint', file=sys.stderr); return 130
+    except KeyboardInterrupt: print('fewshotmeta: interrupted; the same command (without --force) continues from the checkpoint', file=sys.stderr); return 130

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'CHECKPOINT', 'MetaGradient', 'meta_gradient', 'constant', 'Cosine', 'MultiStep', 'ClipValue', 'ClipNorm',
            'accuracies', 'Ensemble', 'with_theta', 'Run', 'BadCheckpoint', 'save_checkpoint', 'read_checkpoint',
-           'load_checkpoint', 'describe', 'fit']
+           'load_checkpoint', 'describe', 'describe_tasks', 'fit']
 
 # %% ../nbs/20_training.ipynb #ff723518
 import hashlib, json, math, signal, sys, threading, time
@@ -24,7 +24,6 @@ from .data import _as_os_error
 from .episodes import *
 from .layers import *
 from .backbones import *
-from .backbones import pick
 from .maml import *
 
 # %% ../nbs/20_training.ipynb #f8b11077
@@ -77,16 +76,22 @@ class MultiStep:
 SCHEDULES = dict(constant=constant, cosine=Cosine(), multi_step=MultiStep())
 
 # %% ../nbs/20_training.ipynb #9395be25
+def _positive(name, value):
+    if not value > 0: raise ValueError(f'{name}={value}: expected a number greater than 0')
+
+# %% ../nbs/20_training.ipynb #213448a8
 @dataclass(frozen=True)
 class ClipValue:
     "Clamp every gradient element to ±bound (Finn, MAML++)."
     bound:float=10.
+    def __post_init__(self): _positive('bound', self.bound)
     def __call__(self, grads:list) -> list: return [g.clamp(-self.bound, self.bound) for g in grads]
 
 @dataclass(frozen=True)
 class ClipNorm:
     "Scale every gradient tensor to a norm of at most `bound` (HIDRA)."
     bound:float=10.
+    def __post_init__(self): _positive('bound', self.bound)
     def __call__(self, grads:list) -> list: return [g*(self.bound/(g.norm() + 1e-6)).clamp(max=1.) for g in grads]
 
 # %% ../nbs/20_training.ipynb #5039c130
@@ -99,7 +104,7 @@ def accuracies(
     plan:Plan|None=None, # how to run the tasks; none: by device
 ) -> Tensor:             # (n, steps+1), accuracy of each task after 0, 1, … inner steps, fractions
     "Accuracy of each task after each inner step."
-    check_size('n', n, 1)
+    check_size('n', n, 1); _same_ways(learner, sampler)
     plan = plan or plan_for(sampler.bank.images.device)
     def one(s):
         ep = sampler[s]
@@ -107,6 +112,11 @@ def accuracies(
         return torch.stack([right(fast) for fast in learner.trajectory(ep.xs, ep.ys, steps)], 1)
     size = plan.chunk or 32
     return torch.cat(plan.map(one, [slice(i, min(i + size, n)) for i in range(0, n, size)])).cpu()
+
+# %% ../nbs/20_training.ipynb #c0833ca6
+def _same_ways(learner, sampler):
+    n = getattr(learner, 'n_way', None)
+    if n is not None and n != sampler.n_way: raise ValueError(f'episodes of n_way={sampler.n_way} for a learner of n_way={n}: use sampler(n_way={n}), or another learner')
 
 # %% ../nbs/20_training.ipynb #b84ea19d
 class Ensemble:
@@ -236,11 +246,15 @@ def load_checkpoint(run:Run, folder:Path, config:dict) -> None:
 # %% ../nbs/20_training.ipynb #f75fbe80
 def describe(learner) -> dict:
     "What a learner is, as plain values."
-    plain = {k: v for k, v in vars(learner).items() if isinstance(v, (int, float, str, bool, type(None)))}
-    shapes = {k: list(v.shape) for k, v in learner.theta.items()}
-    functions = {k: v.__name__ for k, v in vars(learner).items() if callable(v) and hasattr(v, '__name__')}
-    return dict(method=type(learner).__name__, backbone=repr(learner.backbone) if hasattr(learner.backbone, '__dataclass_fields__') else type(learner.backbone).__name__,
-                parameters=hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:8], **plain, **functions)
+    def plain(v):
+        if isinstance(v, (int, float, str, bool, type(None))): return v
+        return getattr(v, '__name__', None) or repr(v)
+    shapes = hashlib.sha256(json.dumps({k: list(v.shape) for k, v in learner.theta.items()}).encode()).hexdigest()[:8]
+    return dict(method=type(learner).__name__, parameters=shapes, adapted=' '.join(learner.adapted), **{k: plain(v) for k, v in vars(learner).items() if k not in ('theta', 'buffers')})
+
+def describe_tasks(s:EpisodeSampler, n:int) -> str:
+    "What the first n tasks of a sampler are, and how their images are scaled."
+    return f'{s.digest(n)} {s.n_way}-way {s.k_shot}-shot {s.n_query}-query seed {s.seed} mean {s.mean} std {s.std}'
 
 # %% ../nbs/20_training.ipynb #1a6df96b
 class _Loop:
@@ -256,15 +270,14 @@ class _Loop:
         g = meta_gradient(run.learner, self.train[i*how['meta_batch']:(i + 1)*how['meta_batch']], progress, how['plan'])
         if not math.isfinite(g.loss) or not all(v.isfinite().all() for v in g.grads):
             what = f'loss is {g.loss}' if not math.isfinite(g.loss) else 'gradient is not finite'
-            raise FloatingPointError(f'iteration {i}: the {what}. Lower meta_lr={how["meta_lr"]} or inner_lr, or clip; the state before it is kept')
-        self.whole = False
+            raise FloatingPointError(f'iteration {i}: the {what}. The last checkpoint is kept as it is; lower meta_lr={how["meta_lr"]} or inner_lr, or clip, in a new folder')
         grads = how['clip'](g.grads) if how['clip'] else g.grads
         for p, v in zip(self.params, grads): p.grad = v
         for group in run.opt.param_groups: group['lr'] = how['meta_lr']*how['schedule'](progress)
         run.opt.step()
         for k, v in g.stats.items(): run.learner.buffers[k] = torch.lerp(run.learner.buffers[k], v, how['momentum'])
         run.iteration += 1
-        run.pending.append((g.loss, g.accuracy)); self.whole = True
+        run.pending.append((g.loss, g.accuracy))
 
     def clock(self):
         "Add the time since the last call to the run's."
@@ -315,12 +328,12 @@ def fit(
 ) -> Run:                       # with the selected learner, the history, the checkpointed state
     "Meta-train a learner. Raises `ValueError`, `BadCheckpoint`, `FloatingPointError` (a loss that is not finite)."
     for k, v in dict(iterations=iterations, meta_batch=meta_batch, valid_tasks=valid_tasks, valid_every=valid_every, save_every=save_every, log_every=log_every).items(): check_size(k, v, 1)
-    if not meta_lr > 0: raise ValueError(f'meta_lr={meta_lr}: a learning rate is greater than 0')
+    _positive('meta_lr', meta_lr); _same_ways(learner, train)
     select = select if valid else 'last'
     keep = _how_many(select)
-    config = dict(learner=describe(learner), train=f'{train.digest(meta_batch)} {train.n_way}-way {train.k_shot}-shot {train.n_query}-query seed {train.seed}',
+    config = dict(learner=describe(learner), train=describe_tasks(train, meta_batch),
                   iterations=iterations, meta_batch=meta_batch, meta_lr=meta_lr, schedule=_name(schedule), clip=_name(clip), betas=list(betas),
-                  valid=valid and f'{valid.digest(valid_tasks)} {valid_tasks} every {valid_every}', select=select, log_every=log_every)
+                  valid=valid and f'{describe_tasks(valid, valid_tasks)}, {valid_tasks} every {valid_every}', select=select, log_every=log_every)
     run = Run(learner, torch.optim.Adam(list(learner.theta.values()), meta_lr, betas))
     if checkpoint and (Path(checkpoint)/'checkpoint.safetensors').exists(): load_checkpoint(run, checkpoint, config)
     elif checkpoint: save_checkpoint(run, checkpoint, config)       # a folder that cannot be written is found out now
@@ -350,20 +363,22 @@ class _Interrupts:
         if self.main: signal.signal(signal.SIGINT, self.old)
 
 def _train(loop, checkpoint, config, valid_every, save_every, log_every):
-    "Run to the end; whatever stops it, the last whole iteration is in the checkpoint."
+    "Run to the end; an interrupt leaves the last whole iteration in the checkpoint."
     run, total = loop.run, loop.how['iterations']
     try:
         with _Interrupts() as interrupt:
             while run.iteration < total:
                 if interrupt.asked: raise KeyboardInterrupt
+                loop.whole = False
                 loop.step(); loop.bar.update()
                 at = lambda every: run.iteration % every == 0 or run.iteration == total
                 validate = loop.valid is not None and at(valid_every)
                 if at(log_every) or validate: loop.log()
                 if validate: loop.validate()
                 if at(log_every): loop.show()
+                loop.whole = True
                 if checkpoint and at(save_every): save_checkpoint(run, checkpoint, config)
-    except (KeyboardInterrupt, FloatingPointError):
+    except KeyboardInterrupt:
         loop.clock()
         if checkpoint and loop.whole: save_checkpoint(run, checkpoint, config)
         raise

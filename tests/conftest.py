@@ -9,7 +9,9 @@ ROOT = Path(__file__).parent.parent
 def real_data():
     "The data root, for tests on real data."
     root = os.environ.get('FEWSHOTMETA_DATA')
-    if not root or not (Path(root)/'omniglot-py').is_dir(): pytest.skip('no real data: FEWSHOTMETA_DATA is not set')
+    from fewshotmeta.data import data_status
+    if not root: pytest.skip('no real data: FEWSHOTMETA_DATA is not set')
+    if lacking := [r['name'] for r in data_status(root) if not r['found'] and r['name'] != 'cub']: pytest.skip(f'no real data: {root} lacks {", ".join(lacking)}')
     return Path(root)
 
 @pytest.fixture

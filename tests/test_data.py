@@ -45,6 +45,18 @@ def test_modes_and_transparency(tmp_path):
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(tmp_path/'deep.png')
     with pytest.raises(BadImage, match='convert it to 8 bit'): read_image(tmp_path/'deep.png', 9)
 
+def test_crop_squash_and_orientation(tmp_path):
+    from fewshotmeta.data import read_image
+    wide = np.zeros((40, 80), np.uint8); wide[:, :20] = wide[:, 60:] = 255          # white ends, black middle
+    Image.fromarray(wide).save(tmp_path/'wide.png')
+    assert read_image(tmp_path/'wide.png', 20).max() == 0 and read_image(tmp_path/'wide.png', 20, squash=True).mean() == pytest.approx(127.5)
+    upright = Image.fromarray(wide[:, :60]); exif = Image.Exif(); exif[0x112] = 6       # a phone held upright
+    upright.save(tmp_path/'phone.jpg', exif=exif)
+    turned = read_image(tmp_path/'phone.jpg', 60, squash=True)
+    assert turned[0, :15].mean() > 200 and turned[0, 30:].mean() < 60
+    (tmp_path/'bad.pgm').write_bytes(b'P5 3 x 255 abc')
+    with pytest.raises(BadImage, match='bad.pgm'): read_image(tmp_path/'bad.pgm', 8)
+
 def test_resize_filter_is_what_it_says(tmp_path):
     from fewshotmeta.data import read_image
     rng = np.random.default_rng(0); Image.fromarray(rng.random((105, 105)) > .5).save(tmp_path/'bits.png')
@@ -101,7 +113,8 @@ def test_mini_imagenet_both_layouts(tmp_path, own_cache):
 @pytest.mark.parametrize('call,words', [
     (lambda: omniglot('validation'), "split='validation'.*choose one of 'train', 'val', 'test'"), (lambda: omniglot(protocol='mine'), "protocol='mine'"),
     (lambda: emnist('train'), "split='train'.*'val', 'test'"), (lambda: mini_imagenet('novel'), "split='novel'"), (lambda: cub('train'), "split='train'.*'base'"),
-    (lambda: glyphs('x'), "split='x'"), (lambda: load_data('svhn', 'train'), "data='svhn'"), (lambda: glyphs(size=2), 'size=2: expected a whole number of at least 8')])
+    (lambda: glyphs('x'), "split='x'"), (lambda: load_data('svhn', 'train'), "data='svhn'"), (lambda: glyphs(size=2), 'size=2: expected a whole number of at least 8'), (lambda: omniglot(size=-4), 'size=-4'), (lambda: omniglot(channels=2), 'channels=2: 1 .grey. or 3'),
+    (lambda: emnist(margin=.5), 'margin=0.5: at least 1'), (lambda: mini_imagenet(resize='sharp'), "resize='sharp'"), (lambda: cub(size=0), 'size=0'), (lambda: image_folder('.', channels=4), 'channels=4')])
 def test_unknown_names_list_the_known(call, words):
     with pytest.raises(ValueError, match=words): call()
 

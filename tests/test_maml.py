@@ -133,17 +133,39 @@ def test_a_users_module_learns_the_same_way():
     block = lambda i: nn.Sequential(nn.Conv2d(i, 4, 3, padding=1), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.LeakyReLU(.01))
     m, ep = tiny(), noise()
     u = to_dtype(MAML(from_module(nn.Sequential(*(block(i) for i in (1, 4, 4, 4))), 1, 16), 3, inner_lr=.3, inner_steps=3), torch.float64)
-    u.backbone.module.double()
     names = {k: (f"{'conv' if k[2] == '0' else 'norm'}{int(k[0]) + 1}.{k[4:]}" if k[0].isdigit() else k) for k in u.theta}
     with torch.no_grad():
         for k, v in u.theta.items(): v.copy_(m.theta[names[k]])
     a, b = gradient(u, ep), gradient(m, ep)
     for k in a: assert torch.allclose(a[k], b[names[k]], rtol=1e-8, atol=1e-10), k
 
+@pytest.mark.parametrize('plan', list(PLANS))
+def test_a_users_module_on_every_plan(plan):
+    "Worker threads do not swap parameters into one module."
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU())
+    u = to_dtype(MAML(from_module(net, 1, 16), 3, inner_lr=.3, inner_steps=2), torch.float64)
+    ep = noise(tasks=8)
+    ours, one = meta_gradient(u, ep, plan=plan_for('cpu', plan)).grads, [g for g in gradient(u, ep).values()]
+    for a, b in zip(ours, one): assert torch.allclose(a, b, rtol=1e-8, atol=1e-12)
+    assert all(isinstance(m.weight, nn.Parameter) for m in net if hasattr(m, 'weight')) and torch.equal(net[1].running_mean, torch.zeros(4))
+
+def test_a_dropped_trajectory_leaves_the_grad_mode_alone():
+    m, ep = tiny(), noise()
+    with torch.no_grad():
+        t = m.trajectory(ep.xs, ep.ys); next(t)
+        assert not torch.is_grad_enabled()
+    del t
+    assert torch.is_grad_enabled()
+
+def test_support_statistics_keep_no_graph_and_work_in_first_order():
+    m, ep = tiny(norm='support'), noise()
+    assert not any(v.requires_grad for pair in m.adapt(ep.xs, ep.ys).stats.values() for v in pair)
+    assert all(g.isfinite().all() for g in gradient(tiny(norm='support', order=1), ep).values())
+
 @pytest.mark.parametrize('call,words', [
     (lambda: MAML(conv4(), 1), 'n_way=1: expected a whole number of at least 2'), (lambda: MAML(conv4(), 5, inner_steps=-1), 'inner_steps=-1'), (lambda: MAML(conv4(), 5, inner_lr=0.), 'inner_lr=0.0'),
     (lambda: MAML(conv4(), 5, order=0), 'order=0'), (lambda: MAML(conv4(), 5, reduction='sum'), "reduction='sum'"), (lambda: tiny().adapt(noise(n_way=4).xs, noise(n_way=4).ys), 'label 3 in ys.*n_way=3'),
     (lambda: tiny().adapt(noise().xs[0], noise().ys), 'expected .tasks'), (lambda: tiny(norm_steps=3).adapt(noise().xs, noise().ys, 4), 'steps=4, but there are per-step parameters for 3: ask for at most 3'),
-    (lambda: tiny(norm='per_step', norm_steps=2).meta_loss(noise()), 'steps=3, but there are per-step parameters for 2')])
+    (lambda: tiny(norm='per_step', norm_steps=2), 'norm_steps=2 of the backbone, but inner_steps=3')])
 def test_bad_input(call, words):
     with pytest.raises(ValueError, match=words): call()

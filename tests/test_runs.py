@@ -37,12 +37,25 @@ def test_values_from_the_command_line(tmp_path):
     assert (parse_value(p['x'], '7'), parse_value(p['rate'], '1'), parse_value(p['name'], '7'), parse_value(p['flags'], '[3]'), parse_value(p['maybe'], 'none'), parse_value(p['maybe'], 'hello')) == (7, 1., '7', [3], None, 'hello')
     assert merge_parameters(p, dict(rate=1))['rate'] == 1. and type(merge_parameters(p, dict(rate=1))['rate']) is float
 
-@pytest.mark.parametrize('cell,words', [('x = open("f")', 'not .x = open'), ('import os', 'name = literal'), ('x, y = 1, 2', 'name = literal'), ('x = y = 1\nz += 1', 'name = literal'), ('x = [i for i in range(3)]', 'name = literal')])
+@pytest.mark.parametrize('cell,words', [('x = open("f")', 'not .x = open'), ('import os', 'name = literal'), ('x, y = 1, 2', 'name = literal'), ('x = y = 1', 'name = literal'), ('x = 1\nz += 1', 'name = literal'), ('x = = 1', 'not plain Python, line 1'), ('%timeit 1', 'not plain Python'), ('x = [i for i in range(3)]', 'name = literal')])
 def test_only_literals(tmp_path, cell, words):
     with pytest.raises(BadParameters, match=words): run(notebook(tmp_path, cell))
 
 def test_missing_tag(tmp_path):
     with pytest.raises(BadParameters, match='0 cells tagged "parameters", not one'): run(notebook(tmp_path, tag=False))
+
+def test_not_a_notebook_and_an_executed_one(tmp_path):
+    (tmp_path/'exp.ipynb').write_text('hello')
+    with pytest.raises(BadParameters, match='exp.ipynb is not a notebook'): run(tmp_path/'exp.ipynb')
+    nb = notebook(tmp_path)
+    run(nb, dict(x=3))
+    with pytest.raises(BadParameters, match='was executed already'): run_notebook(tmp_path/'runs'/'demo'/'one'/'notebook.ipynb', runs=tmp_path/'runs')
+    other = nb.rename(tmp_path/'other.ipynb')
+    with pytest.raises(BadParameters, match='finished run of exp.ipynb'): run(other, dict(x=3))
+
+def test_tuples_are_lists(tmp_path):
+    nb = notebook(tmp_path, 'x = 2\nsteps = (1, 2)')
+    run(nb); assert run(nb)['already']
 
 def test_names(tmp_path):
     nb = notebook(tmp_path)
@@ -87,7 +100,7 @@ def test_one_finite_result(tmp_path, cells, words):
 
 def test_killed_kernel_is_recorded(tmp_path):
     nb = notebook(tmp_path, 'x = 1', 'import os, signal\nos.kill(os.getpid(), signal.SIGKILL)')
-    with pytest.raises((RunFailed, Exception), match='(?i)dead|died'): run(nb)
+    with pytest.raises(RunFailed, match='(?i)kernel died.*a checkpoint, if there is one, is kept'): run(nb)
     assert 'result.json' not in files(nb, 'demo', 'one') and not [f for f in files(nb, 'demo', 'one') if 'partial' in f]
 
 def test_where_it_runs(tmp_path):
@@ -103,7 +116,7 @@ def test_read_only_runs_folder(tmp_path, read_only):
 
 def test_full_runs_folder(tmp_path, small_disk):
     nb = notebook(tmp_path, 'x = 1', 'print("x"*1_000_000)\n' + REPORT)
-    with pytest.raises(OSError): run_notebook(nb, runs=small_disk, name='a/b', quiet=True)
+    with pytest.raises(OSError, match='(?i)no space left'): run_notebook(nb, runs=small_disk, name='a/b', quiet=True)
     assert not [p for p in small_disk.rglob('*') if p.name in ('result.json', 'notebook.ipynb') or 'partial' in p.name]
 
 # ---- the command
@@ -130,11 +143,11 @@ def test_command_data(tmp_path):
 def test_train_notebook_runs_every_method(tmp_path):
     nb = ROOT/'nbs'/'experiments'/'train.ipynb'
     small = dict(iterations=2, valid_every=2, valid_tasks=2, test_tasks=3, test_steps=1, filters=4, meta_batch=2)
-    for method in ('maml', 'fomaml', 'random_init'):
+    for method in ('maml', 'fomaml', 'mamlpp', 'meta_sgd', 'random_init'):
         result = run_notebook(nb, small | dict(method=method), f'm/{method}', tmp_path, quiet=True)
         assert result['scale'] == 'smoke' and 0 <= result['metrics']['test_accuracy']['mean'] <= 1 and result['metrics']['test_accuracy']['n'] == 3 and len(result['episodes_digest']) == 16
     assert (tmp_path/'m'/'maml'/'metrics.csv').is_file() and not (tmp_path/'m'/'random_init'/'metrics.csv').exists()
-    digests = {json.loads((tmp_path/'m'/m/'result.json').read_text())['episodes_digest'] for m in ('maml', 'fomaml', 'random_init')}
+    digests = {json.loads((tmp_path/'m'/m/'result.json').read_text())['episodes_digest'] for m in ('maml', 'fomaml', 'mamlpp', 'meta_sgd', 'random_init')}
     assert len(digests) == 1                                  # all methods meet the same test tasks
 
 def test_an_interrupted_experiment_continues(tmp_path):

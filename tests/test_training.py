@@ -33,6 +33,8 @@ def test_schedule_is_what_adam_gets(train, valid):
     assert [r['lr'] for r in run.history] == [2e-3*Cosine()((r['iteration'] - 1)/24) for r in run.history]
 
 def test_clipping():
+    for clip in (ClipValue, ClipNorm):
+        with pytest.raises(ValueError, match='bound=-1'): clip(-1)
     g = [torch.tensor([3., -20.]), torch.tensor([[.1]])]
     assert ClipValue(10)(g)[0].tolist() == [3., -10.] and ClipNorm(10)(g)[0].norm() == pytest.approx(10, abs=1e-4) and torch.equal(ClipNorm(10)(g)[1], g[1])
 
@@ -135,9 +137,10 @@ def test_not_finite_names_the_iteration_and_keeps_the_last_good_state(train, val
     class Explode:
         __name__ = 'constant'
         def __call__(self, p): return 1e30 if round(p*24) == 9 else 1.
-    with pytest.raises(FloatingPointError, match=r'iteration 10: the .*meta_lr=0.001'): fitted(train, valid, tmp_path, schedule=Explode())
+    with pytest.raises(FloatingPointError, match=r'iteration 10: the .*The last checkpoint is kept.*meta_lr=0.001.*in a new folder'): fitted(train, valid, tmp_path, schedule=Explode())
     head, tensors = read_checkpoint(tmp_path)
-    assert head['iteration'] == 10
+    kept = with_theta(small(), {k.removeprefix('theta/'): v for k, v in tensors.items() if k.startswith('theta/')})
+    assert head['iteration'] == 6 and kept.meta_loss(train[0:4]).loss.isfinite().all()
 
 def test_not_finite_gradient(train, tmp_path):
     m = small(inner_lr=1e30)
@@ -161,12 +164,13 @@ def test_truncated_altered_foreign_checkpoints(train, valid, tmp_path):
     path.write_bytes(whole); fitted(train, valid, tmp_path)
 
 @pytest.mark.parametrize('change,words', [(dict(iterations=25), 'iterations: 24 there, 25 here'), (dict(meta_lr=.5), 'meta_lr: 0.001 there, 0.5 here'), (dict(schedule=constant), 'schedule'),
-                                          (dict(learner=small(inner_lr=.1)), 'inner_lr'), (dict(learner=small(norm='support')), 'support')])
+                                          (dict(learner=small(inner_lr=.1)), 'inner_lr'), (dict(learner=small(norm='support')), 'support'), (dict(learner=small(head_init='zeros')), 'head_init'), (dict(learner=small(adapts=lambda n, m: n == 'head.bias')), 'adapted')])
 def test_checkpoint_of_another_configuration(train, valid, tmp_path, change, words):
     fitted(train, valid, tmp_path)
     before = (tmp_path/'checkpoint.safetensors').read_bytes()
     with pytest.raises(BadCheckpoint, match=f'(?s)another run.*{words}.*choose another folder'): fitted(train, valid, tmp_path, **change)
-    with pytest.raises(BadCheckpoint, match='train: '): fitted(train(seed=5), valid, tmp_path)
+    for other in (train(seed=5), train(mean=.5, std=.5)):
+        with pytest.raises(BadCheckpoint, match='train: '): fitted(other, valid, tmp_path)
     assert (tmp_path/'checkpoint.safetensors').read_bytes() == before
 
 def test_read_only_folder(train, valid, read_only):
@@ -178,7 +182,7 @@ def test_full_disk(train, small_disk):
     assert not [p for p in small_disk.rglob('*') if p.is_file()]
 
 @pytest.mark.parametrize('kw,words', [(dict(iterations=0), 'iterations=0'), (dict(meta_batch=0), 'meta_batch=0'), (dict(meta_batch=2.5), 'meta_batch=2.5'), (dict(meta_lr=0), 'meta_lr=0'), (dict(valid_every=-1), 'valid_every=-1'),
-                                      (dict(select='first'), "select='first'.*best, last, top_3"), (dict(select='top_0'), 'top_0')])
+                                      (dict(select='first'), "select='first'.*best, last, top_3"), (dict(select='top_0'), 'top_0'), (dict(learner=MAML(conv4(size=16, filters=4), 20)), 'episodes of n_way=5 for a learner of n_way=20')])
 def test_bad_numbers(train, valid, kw, words):
     with pytest.raises(ValueError, match=words): fitted(train, valid, **kw)
 
