@@ -75,17 +75,21 @@ def test_any_number_of_workers_gives_the_same_bytes(train, valid):
 
 @pytest.mark.parametrize('kw', [dict(), dict(norm='per_step', norm_steps=1)])
 @pytest.mark.parametrize('stop', [1, 5, 6, 7, 8, 13, 23])
-def test_stopped_anywhere(train, valid, tmp_path, monkeypatch, stop, kw):
+@pytest.mark.parametrize('polite', [True, False], ids=['one Ctrl-C', 'in the middle of an iteration'])
+def test_stopped_anywhere(train, valid, tmp_path, monkeypatch, stop, kw, polite):
+    "A Ctrl-C is saved at the end of its iteration; what strikes inside one goes back to the last checkpoint."
     whole = fitted(train, valid, tmp_path/'a', small(**kw))
     import fewshotmeta.training as T
     step = T._Loop.step
     def stopping(self):
-        if self.run.iteration == stop: raise KeyboardInterrupt
+        if self.run.iteration == stop - polite:
+            if not polite: raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         return step(self)
     with monkeypatch.context() as m:
         m.setattr(T._Loop, 'step', stopping)
         with pytest.raises(KeyboardInterrupt): fitted(train, valid, tmp_path/'b', small(**kw))
-    assert read_checkpoint(tmp_path/'b')[0]['iteration'] == stop
+    assert read_checkpoint(tmp_path/'b')[0]['iteration'] == (stop if polite else stop//6*6)
     again = fitted(train, valid, tmp_path/'b', small(**kw))
     assert same(whole.learner, again.learner)
     drop = lambda rows: [{k: v for k, v in r.items() if k != 'seconds'} for r in rows]
