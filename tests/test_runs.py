@@ -142,13 +142,28 @@ def test_command_data(tmp_path):
 # ---- the experiment
 def test_train_notebook_runs_every_method(tmp_path):
     nb = ROOT/'nbs'/'experiments'/'train.ipynb'
-    small = dict(iterations=2, valid_every=2, valid_tasks=2, test_tasks=3, test_steps=1, filters=4, meta_batch=2)
     for method in ('maml', 'fomaml', 'mamlpp', 'meta_sgd', 'random_init'):
-        result = run_notebook(nb, small | dict(method=method), f'm/{method}', tmp_path, quiet=True)
+        result = run_notebook(nb, SMALL | dict(method=method), f'm/{method}', tmp_path, quiet=True)
         assert result['scale'] == 'smoke' and 0 <= result['metrics']['test_accuracy']['mean'] <= 1 and result['metrics']['test_accuracy']['n'] == 3 and len(result['episodes_digest']) == 16
     assert (tmp_path/'m'/'maml'/'metrics.csv').is_file() and not (tmp_path/'m'/'random_init'/'metrics.csv').exists()
     digests = {json.loads((tmp_path/'m'/m/'result.json').read_text())['episodes_digest'] for m in ('maml', 'fomaml', 'mamlpp', 'meta_sgd', 'random_init')}
     assert len(digests) == 1                                  # all methods meet the same test tasks
+
+SMALL = dict(iterations=2, valid_every=2, valid_tasks=2, test_tasks=3, test_steps=1, filters=4, meta_batch=2)
+
+@pytest.mark.parametrize('given', [dict(data='omniglot', protocol='finn2017'), dict(data='omniglot', protocol='drumond2020', select='last'), dict(data='omniglot', test_data='emnist', protocol='hypermaml2022'),
+                                   dict(data='mini_imagenet', n_query=15)], ids=lambda d: f'{d["data"]}-{d.get("protocol", "antoniou2018")}')
+def test_train_notebook_on_real_data(tmp_path, real_data, given):
+    "Each protocol on its data, as the papers pair them."
+    result = run_notebook(ROOT/'nbs'/'experiments'/'train.ipynb', SMALL | given, 'm/x', tmp_path, quiet=True)
+    assert result['metrics']['test_accuracy']['n'] == 3
+
+@pytest.mark.parametrize('given,words', [
+    (dict(method='mamal'), "method='mamal': choose one of maml"), (dict(schedule='cos'), "schedule='cos'"), (dict(norm='per_step', test_steps=3), 'test_steps=3, but there are per-step parameters for 1'),
+    (dict(data='emnist'), 'emnist has no train classes'), (dict(data='nowhere'), "data='nowhere'")])
+def test_train_notebook_refuses_before_it_trains(tmp_path, given, words):
+    with pytest.raises(RunFailed, match=words): run_notebook(ROOT/'nbs'/'experiments'/'train.ipynb', SMALL | given, 'm/x', tmp_path, quiet=True)
+    assert not (tmp_path/'m'/'x'/'checkpoint.safetensors').exists()
 
 def test_an_interrupted_experiment_continues(tmp_path):
     "Killed with SIGKILL in the middle of training, started again: the same accuracies and checkpoint as undisturbed."
