@@ -135,16 +135,18 @@ def show_episode(
     ep:Episodes, # one episode, as `sampler[i]` gives it
     title:str='',
 ):
-    "Draw an episode: a row a class, its support images, a line, its query images."
+    "Draw an episode: a row a class, its support images, a line, its query images. Many classes stand side by side instead."
     import matplotlib.pyplot as plt
-    n_way = int(ep.ys.max()) + 1
-    rows = [torch.cat([ep.xs[ep.ys == c], ep.xq[ep.yq == c]]).cpu() for c in range(n_way)]
-    k, n = int((ep.ys == 0).sum()), len(rows[0])
-    lo, hi = min(r.min() for r in rows), max(r.max() for r in rows)
-    fig, axes = plt.subplots(n_way, n, figsize=(.62*n + .5, .62*n_way + .4), squeeze=False)
-    for ax, x in zip(axes.flat, torch.cat(rows)): ax.imshow(((x - lo)/(hi - lo)).permute(1, 2, 0), cmap='gray', vmin=0, vmax=1); ax.axis('off')
-    fig.suptitle(title or f'{n_way}-way {k}-shot: support | query', fontsize=9)
-    fig.subplots_adjust(left=.01, right=.99, bottom=.01, top=.88, wspace=.06, hspace=.06)
-    x = (axes[0, k-1].get_position().x1 + axes[0, k].get_position().x0)/2
-    fig.add_artist(plt.Line2D([x, x], [0, .9], color='tab:red', lw=1.5))
+    n_way, k = int(ep.ys.max()) + 1, int((ep.ys == 0).sum())
+    images = torch.stack([torch.cat([ep.xs[ep.ys == c], ep.xq[ep.yq == c]]).cpu() for c in range(n_way)])   # (n_way, n, C, H, W)
+    images, across = (images - images.min())/(images.max() - images.min()), n_way > 8
+    if across: images = images.transpose(0, 1)
+    rows, cols = images.shape[:2]
+    fig, axes = plt.subplots(rows, cols, figsize=(.55*cols + .3, .55*rows + .4), squeeze=False)
+    for ax, x in zip(axes.flat, images.flatten(0, 1)): ax.imshow(x.permute(1, 2, 0), cmap='gray', vmin=0, vmax=1); ax.axis('off')
+    fig.suptitle(title or f'{n_way}-way {k}-shot: support {"above, query below" if across else "| query"}', fontsize=9)
+    fig.subplots_adjust(left=.01, right=.99, bottom=.01, top=1 - .3/(.55*rows + .4), wspace=.06, hspace=.06)
+    last, first = (axes[k-1, 0], axes[k, 0]) if across else (axes[0, k-1], axes[0, k])
+    at = (last.get_position().y0 + first.get_position().y1)/2 if across else (last.get_position().x1 + first.get_position().x0)/2
+    fig.add_artist(plt.Line2D(*(([0, 1], [at, at]) if across else ([at, at], [0, .92])), color='tab:red', lw=1.5))
     plt.show()
