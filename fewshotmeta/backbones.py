@@ -8,7 +8,7 @@ __all__ = ['CONV_INITS', 'PROTOCOLS', 'HEAD_INITS', 'Conv4', 'pick', 'conv4', 'i
 # %% ../nbs/03_backbones.ipynb #3df87480
 import hashlib, math, threading
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -196,8 +196,9 @@ class ModuleBackbone:
         return f'ModuleBackbone({self.channels}×{self.size}×{self.size}, weights {weights}, {self.module!r})'
 
     def _features(self, p, x):
-        mine = self._copies.setdefault(threading.get_ident(), None) or deepcopy(self.module)   # swapping parameters in is not thread-safe
-        self._copies[threading.get_ident()] = mine
+        me = threading.get_ident()                       # swapping parameters in is not thread-safe: a copy a thread
+        if me not in self._copies: self._copies[me] = deepcopy(self.module)
+        mine = self._copies[me]
         state = {k: v.to(x.device, x.dtype if v.is_floating_point() else v.dtype, copy=True) for k, v in mine.named_buffers()}
         return functional_call(mine, (p, state), (x,)).flatten(1)
 

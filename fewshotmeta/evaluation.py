@@ -9,7 +9,6 @@ __all__ = ['interval', 'Evaluation', 'evaluate']
 import math, time
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from .data import *

@@ -9,7 +9,6 @@ __all__ = ['INGREDIENTS', 'MultiStepLoss', 'MAMLpp', 'mamlpp', 'meta_sgd']
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from .data import check_size
 from .backbones import *

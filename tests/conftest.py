@@ -1,5 +1,5 @@
 """Shared by all tests: a cache of their own, real data where FEWSHOTMETA_DATA says, visible skips elsewhere."""
-import os
+import os, subprocess
 from pathlib import Path
 import pytest, torch
 
@@ -28,22 +28,20 @@ def noise_bank():
     images = torch.randint(0, 256, (1000, 1, 16, 16), generator=gen, dtype=torch.uint8)
     return ImageBank(images, range(0, 1000, 25), [25]*40, [f'class{i:02d}' for i in range(40)], name='noise')
 
-@pytest.fixture
-def small_disk(tmp_path):
-    "A file system of 256 kB."
-    import subprocess
-    folder = tmp_path/'small'; folder.mkdir()
-    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=256k', 'tmpfs', str(folder)], capture_output=True, text=True)
-    if done.returncode: pytest.skip(f'cannot mount a small file system here: {done.stderr.strip()}')
+def mounted(folder, options):
+    "A small file system of its own, which binds root, too; skipped, visibly, where one cannot be mounted."
+    folder.mkdir()
+    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(folder)], capture_output=True, text=True)
+    if done.returncode: pytest.skip(f'cannot mount a file system here: {done.stderr.strip()}')
     yield folder
     subprocess.run(['umount', '-l', str(folder)], check=True)
 
 @pytest.fixture
+def small_disk(tmp_path):
+    "A file system of 256 kB."
+    yield from mounted(tmp_path/'small', 'size=256k')
+
+@pytest.fixture
 def read_only(tmp_path):
-    "A read-only file system, which binds root, too."
-    import subprocess
-    folder = tmp_path/'ro'; folder.mkdir()
-    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'ro,size=64k', 'tmpfs', str(folder)], capture_output=True, text=True)
-    if done.returncode: pytest.skip(f'cannot mount a read-only file system here: {done.stderr.strip()}')
-    yield folder
-    subprocess.run(['umount', '-l', str(folder)], check=True)
+    "A read-only file system."
+    yield from mounted(tmp_path/'ro', 'ro,size=64k')

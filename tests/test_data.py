@@ -1,6 +1,5 @@
 """Banks: what they hold, what they refuse, and that a bad file is never used."""
-import json, os, subprocess, sys, warnings
-from pathlib import Path
+import os, subprocess, sys
 import numpy as np, pytest, torch
 from PIL import Image
 from safetensors.torch import save_file

@@ -62,7 +62,7 @@ def test_unequal_classes():
 
 def test_values_and_normalisation(noise_bank):
     s = sampler(noise_bank)
-    ep, (classes, images) = s[3], s.draw([3])
+    ep, (_, images) = s[3], s.draw([3])
     assert torch.equal(ep.xs[0], noise_bank.images[images[0, 0, 0]].float()/255) and ep.xs.min() >= 0 and ep.xs.max() <= 1
     assert ep.ys.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4] and ep.yq.tolist() == [c for c in range(5) for _ in range(3)]
     n = s(mean=.5, std=.25)[3]

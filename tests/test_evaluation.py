@@ -1,5 +1,5 @@
 """An evaluation is a mean over fixed tasks, and says what kind."""
-import math, os, subprocess, sys
+import math, subprocess, sys
 import pytest, torch
 from fewshotmeta.backbones import *
 from fewshotmeta.episodes import *

@@ -1,6 +1,5 @@
 """The house itself: rooms import only rooms above them, notebooks are in order, nothing loads a pickle."""
 import ast, configparser, json, re, subprocess, sys, tomllib
-from pathlib import Path
 import pytest
 from conftest import ROOT
 

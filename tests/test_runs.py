@@ -4,7 +4,7 @@ from pathlib import Path
 import nbformat, pytest
 from conftest import ROOT
 from fewshotmeta.runs import *
-from fewshotmeta.runs import default_name, merge_parameters, parse_value, project_folder
+from fewshotmeta.runs import default_name, merge_parameters, parse_value
 
 REPORT = 'from fewshotmeta.runs import report\nreport(square=dict(mean=x*x, ci95=None, n=1))'
 
@@ -194,7 +194,7 @@ def test_committed_results_are_whole():
     "Each result under runs/ has its executed notebook, a scale, and the parameters that were injected."
     for path in (ROOT/'runs').glob('*/*/result.json'):
         result, nb = json.loads(path.read_text()), nbformat.read(path.parent/'notebook.ipynb', 4)
-        assert result['scale'] in ('short', 'paper') or result['scale'] == 'smoke'
+        assert result['scale'] in ('smoke', 'short', 'paper')
         injected = [c.source for c in nb.cells if 'injected-parameters' in c.metadata.get('tags', [])]
         scope = {}; exec(injected[0] if injected else '', scope)
         assert all(result['params'][k] == v for k, v in scope.items() if not k.startswith('__'))

@@ -1,6 +1,5 @@
 """The outer loop: stopped anywhere it continues to the same bytes; what is broken is refused by name."""
-import json, math, os, random, signal, subprocess, sys, time
-from pathlib import Path
+import os, random, signal, subprocess, sys, time
 import numpy as np, pytest, torch
 from fewshotmeta.backbones import *
 from fewshotmeta.episodes import *
@@ -49,7 +48,7 @@ def test_fit_is_adam_on_the_mean_meta_loss(train):
         opt.step()
     for k in a.theta: assert torch.allclose(a.theta[k], b.theta[k], atol=1e-4), k
 
-def test_training_learns(real_or_glyphs=None):
+def test_training_learns():
     "Far above chance in seconds on the embedded characters."
     from fewshotmeta.data import glyphs
     from fewshotmeta.evaluation import evaluate
