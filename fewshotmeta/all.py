@@ -12,6 +12,7 @@ from .layers import *
 from .backbones import *
 from .maml import *
 from .mamlpp import *
+from .hidra import *
 from .training import *
 from .evaluation import *
 from .runs import *

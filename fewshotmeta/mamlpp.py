@@ -57,6 +57,7 @@ class MAMLpp(MAML):
         pick('rates', rates, ('', 'per_tensor', 'per_weight'))
         if not 0 <= da <= 1: raise ValueError(f'da={da}: a fraction of the training, in [0, 1]; the schedule must end before the run does')
         self.msl, self.da, self.rates = msl, da, rates
+        if rates == 'per_weight' and not self.n_way: raise ValueError(f"rates='per_weight' needs a row for each class, but {self.head} serves any number: use rates='per_tensor'")
         if rates: self.theta |= _rates(rates, self.theta, self.adapted, inner_steps, inner_lr)
 
     @property
