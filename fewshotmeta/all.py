@@ -13,6 +13,8 @@ from .backbones import *
 from .maml import *
 from .mamlpp import *
 from .hidra import *
+from .hypermaml import *
+from .reptile import *
 from .training import *
 from .evaluation import *
 from .runs import *

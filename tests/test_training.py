@@ -156,7 +156,7 @@ def test_truncated_altered_foreign_checkpoints(train, valid, tmp_path):
     for cut in (0, 1, 8, 100, len(whole)//2, len(whole) - 1):
         path.write_bytes(whole[:cut])
         with pytest.raises(BadCheckpoint, match='checkpoint.safetensors is not a whole checkpoint'): fitted(train, valid, tmp_path)
-    for at in (len(whole) - 1, len(whole)//2):
+    for at in (len(whole) - 1, len(whole) - 2000):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
         with pytest.raises(BadCheckpoint, match='not what was stored'): fitted(train, valid, tmp_path)
     torch.save({'theta': torch.zeros(2)}, path)                                # a pickle is refused, not opened
