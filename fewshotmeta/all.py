@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/99_all.ipynb #d8f6b309
 from .data import *
 from .episodes import *
+from .augment import *
 from .layers import *
 from .backbones import *
 from .maml import *
