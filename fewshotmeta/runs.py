@@ -265,7 +265,11 @@ def _say_result(result, folder, a):
     print(f'\n  executed notebook  {near}/notebook.ipynb\n  result             {near}/result.json')
     if result.get('already'): print('  --force runs it again')
     me = _myself()
-    print(f'\nNext: change a parameter, as in\n  {me} run {a.notebook} -p n_way=20 seed=1\nor `make lab`, open {a.notebook} and read it; `{me} data` says which data sets are there.')
+    print(f'\nNext: change a parameter, as in\n  {me} run {a.notebook} -p {_example(a.notebook)}\nor `make lab`, open {a.notebook} and read it; `{me} data` says which data sets are there.')
+
+def _example(notebook):
+    known = read_parameters(notebook)
+    return ' '.join(f'{k}={v}' for k, v in dict(n_way=20, seed=1).items() if k in known) or 'name=value'
 
 def _myself():
     "The command that the user can type again."
