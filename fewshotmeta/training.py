@@ -67,14 +67,14 @@ class Cosine:
 
 @dataclass(frozen=True)
 class MultiStep:
-    "Times `gamma` at each milestone (HyperMAML: 0.3 at 101/4000 and 1100/4000)."
-    milestones:tuple=(.025, .275) # fractions of the run
+    "Times `gamma` at each milestone (HyperMAML: 0.3 at epochs 101 and 1100 of 4000; for Omniglot → EMNIST 51 and 550 of 2048)."
+    milestones:tuple=(101/4000, 1100/4000) # fractions of the run
     gamma:float=.3
     def __post_init__(self):
         if not all(0 <= m < 1 for m in self.milestones): raise ValueError(f'milestones={self.milestones}: fractions of the run, each in [0, 1)')
     def __call__(self, progress:float) -> float: return self.gamma**sum(progress >= m for m in self.milestones)
 
-SCHEDULES = dict(constant=constant, cosine=Cosine(), multi_step=MultiStep())
+SCHEDULES = dict(constant=constant, cosine=Cosine(), multi_step=MultiStep(), multi_step_emnist=MultiStep((51/2048, 550/2048)))
 
 OPTIMIZERS = dict(adam=lambda params, lr, betas: torch.optim.Adam(params, lr, betas), sgd=lambda params, lr, betas: torch.optim.SGD(params, lr))
 

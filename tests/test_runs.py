@@ -142,11 +142,14 @@ def test_command_data(tmp_path):
 # ---- the experiment
 def test_train_notebook_runs_every_method(tmp_path):
     nb = ROOT/'nbs'/'experiments'/'train.ipynb'
-    for method in ('maml', 'fomaml', 'mamlpp', 'meta_sgd', 'random_init'):
-        result = run_notebook(nb, SMALL | dict(method=method), f'm/{method}', tmp_path, quiet=True)
+    special = dict(reptile=dict(optimizer='sgd'), hidra=dict(train_ways=[2, 6], test_ways=[2, 7]), hidra_mamlpp=dict(clip_norm=10.), anyway_hypermaml=dict(train_ways=[3, 5], test_ways=[9]), hypermaml=dict(labels='one_hot', augment=True))
+    methods = ('maml', 'fomaml', 'mamlpp', 'meta_sgd', 'reptile', 'hidra', 'hidra_mamlpp', 'hypermaml', 'anyway_hypermaml', 'random_init', 'hidra_random_init')
+    for method in methods:
+        result = run_notebook(nb, SMALL | dict(method=method) | special.get(method, {}), f'm/{method}', tmp_path, quiet=True)
         assert result['scale'] == 'smoke' and 0 <= result['metrics']['test_accuracy']['mean'] <= 1 and result['metrics']['test_accuracy']['n'] == 3 and len(result['episodes_digest']) == 16
+        assert {'test_accuracy_not_transductive'} | {f'test_accuracy_{w}way' for w in special.get(method, {}).get('test_ways', [])} <= set(result['metrics'])
     assert (tmp_path/'m'/'maml'/'metrics.csv').is_file() and not (tmp_path/'m'/'random_init'/'metrics.csv').exists()
-    digests = {json.loads((tmp_path/'m'/m/'result.json').read_text())['episodes_digest'] for m in ('maml', 'fomaml', 'mamlpp', 'meta_sgd', 'random_init')}
+    digests = {json.loads((tmp_path/'m'/m/'result.json').read_text())['episodes_digest'] for m in methods}
     assert len(digests) == 1                                  # all methods meet the same test tasks
 
 SMALL = dict(iterations=2, valid_every=2, valid_tasks=2, test_tasks=3, test_steps=1, filters=4, meta_batch=2)
