@@ -22,7 +22,7 @@ def crop_boxes(
     scale:tuple=(.08, 1.), # least and largest share of the area
     ratio:tuple=(3/4, 4/3), # least and largest width/height
 ) -> Tensor:         # (n, 4), whole pixels: top, left, height, width
-    "Random boxes, as torchvision's `RandomResizedCrop` draws them."
+    "Random boxes with the distribution of torchvision's `RandomResizedCrop`, cut down where they do not fit."
     area = size*size*(scale[0] + (scale[1] - scale[0])*u[:, 0])
     r = (math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0]))*u[:, 1]).exp()
     height, width = ((area/r).sqrt().round().clamp(1, size), (area*r).sqrt().round().clamp(1, size))

@@ -44,6 +44,7 @@ class Conv4:
     leak:float=0.               # slope of the activation for negative values: 0 ReLU, 0.01 LeakyReLU
     norm:str='transductive'     # whose statistics: one of `NORMS`
     norm_steps:int|None=None    # scale, shift (and stored statistics) for each of so many inner steps
+    affine_per_step:bool=True   # with norm_steps: each step has its own scale and shift; else only its statistics
     affine:str='both'           # learned scale and shift, or 'shift' alone (Finn)
     eps:float=1e-5              # added to the variance
     conv_init:str='xavier_uniform' # a key of `CONV_INITS`
@@ -73,7 +74,7 @@ class Conv4:
     def init(self, gen:torch.Generator # the source of randomness
             ) -> dict[str,Tensor]:     # parameter name to tensor, float32
         "Fresh parameters."
-        rows, p = ((self.norm_steps,) if self.norm_steps else ()), {}
+        rows, p = ((self.norm_steps,) if self.norm_steps and self.affine_per_step else ()), {}
         for i in range(1, 5):
             shape = (self.filters, self.channels if i == 1 else self.filters, 3, 3)
             p[f'conv{i}.weight'], p[f'conv{i}.bias'] = CONV_INITS[self.conv_init](shape, gen)
@@ -110,11 +111,11 @@ class Conv4:
 
     def _norm(self, p, x, name, step, stats, seen):
         row = (lambda t: t if t is None else t[..., step, :]) if self.norm_steps else (lambda t: t)
-        use = None
+        affine, use = row if self.affine_per_step else (lambda t: t), None
         if self.norm == 'support': use = stats[name] if stats else batch_stats(x)
         elif self.norm == 'per_step': use = row(p[f'{name}.mean']), row(p[f'{name}.var'])
         elif self.norm == 'affine_only': use = x.new_zeros(x.shape[2]), x.new_ones(x.shape[2])
-        y, seen[name] = task_norm(x, row(p.get(f'{name}.weight')), row(p[f'{name}.bias']), use, self.eps)
+        y, seen[name] = task_norm(x, affine(p.get(f'{name}.weight')), affine(p[f'{name}.bias']), use, self.eps)
         if self.norm == 'per_step': seen[name] = tuple(s.detach() for s in batch_stats(x))
         return y
 

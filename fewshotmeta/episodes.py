@@ -75,6 +75,8 @@ class EpisodeSampler:
 
     def __post_init__(self):
         b = self.bank
+        if self.augment is not None and not isinstance(getattr(self.augment, 'count', None), int): raise ValueError(f'augment={self.augment!r}: expected an augmentation, say CloserLook()')
+        if isinstance(self.augment, type): raise ValueError(f'augment={self.augment.__name__}: give an instance, {self.augment.__name__}()')
         if not np.all(np.asarray(self.std) > 0): raise ValueError(f'std={self.std}: a divisor is greater than 0')
         for name, low in (('n_way', 2), ('k_shot', 1), ('n_query', 1), ('seed', 0)): check_size(name, getattr(self, name), low)
         if self.n_way > b.n_families:

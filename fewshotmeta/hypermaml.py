@@ -34,7 +34,7 @@ class Switch:
 
     def __post_init__(self):
         pick('mode', self.mode, SWITCHES); check_size('epochs', self.epochs, 1); check_size('warm', self.warm, 0); check_size('over', self.over, 0)
-        if self.warm + self.over >= self.epochs:
+        if self.mode != 'none' and self.warm + self.over >= self.epochs:
             raise ValueError(f'warm={self.warm} + over={self.over} = {self.warm + self.over} epochs, but the run has {self.epochs}: the switch must end before the run does')
 
     def __call__(self, progress:float # of the training, in [0, 1]
@@ -93,9 +93,14 @@ class HyperMAML(MAML):
         stale_enhancement:bool=False, # archaeology: enhance by the previous task's head, as the code does by mistake
         out_scale:float=1.,  # of the last layer's start; 0 starts with no change
         head_init:str='linear', # PyTorch's, bias 0
-        **maml,              # `seed`, `head`, `order` of `MAML`
+        order:int=2,         # of the derivatives through the gradient steps
+        seed:int=0,          # of the fresh parameters
+        head=None,           # another head than one with a row for each class
     ):
-        super().__init__(backbone, n_way, inner_lr, 1, adapts=head_only, head_init=head_init, **maml)
+        super().__init__(backbone, n_way, inner_lr, 1, order, head_only, head_init=head_init, seed=seed, head=head)
+        if not isinstance(switch, Switch): raise ValueError(f'switch={switch!r}: expected a Switch, say Switch(mode={SWITCHES[0]!r})')
+        if enhance and not self.n_way and type(self) is HyperMAML:
+            raise ValueError(f'{head} serves any number of ways, but labels and probabilities bind a hypernetwork to one: use anyway_hypermaml, or enhance=False')
         for name, value, choices in (('labels', labels, LABELS), ('opinions', opinions, OPINIONS), ('sign', sign, ('plus', 'minus')),
                                      ('warm_gradient', warm_gradient, ('standard', 'through_start')), ('selection', selection, ('pure', 'mixture'))): pick(name, value, choices)
         check_size('width', width, 1); check_size('layers', layers, 1); check_size('warm_steps', warm_steps, 1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REDUCTIONS', 'all_but_norm', 'everything', 'head_only', 'task_losses', 'finn_inner_lr', 'Rows', 'Fast', 'MetaLoss',
-           'MAML', 'to_dtype']
+           'MAML', 'seen_stats', 'to_dtype']
 
 # %% ../nbs/10_maml.ipynb #1d767f5d
 from copy import copy
@@ -202,8 +202,7 @@ class MAML:
             logits, _ = self.logits(fast, episodes.xq, max(fast.steps - 1, 0))
             loss = loss + weights[fast.steps]*task_losses(logits, episodes.yq)
         right = (logits.argmax(-1) == episodes.yq).float().mean(1)
-        return MetaLoss(loss, right.detach(), {f'{k}.{n}': torch.stack([s[j].mean(0) for s in v])
-                                               for k, v in (seen or {}).items() for j, n in enumerate(('mean', 'var'))})
+        return MetaLoss(loss, right.detach(), seen_stats(seen))
 
     def outer_step(self, opt, n_way:int, progress:float) -> None:
         "Move `theta` along the meta-gradients that it holds, after tasks of `n_way` classes."
@@ -216,6 +215,7 @@ class MAML:
     def with_norm(self, norm:str) -> 'MAML':
         "A copy that normalises by other statistics: 'support' evaluates without a look at the other queries."
         if not isinstance(self.backbone, Conv4): raise ValueError(f'norm={norm!r}: {type(self.backbone).__name__} normalises as its module does')
+        if norm == 'per_step' and not self.buffers: raise ValueError("norm='per_step', but the learner has stored no statistics: train it so, with conv4(norm='per_step', norm_steps=…)")
         new = copy(self); new.backbone = replace(self.backbone, norm=norm)
         return new
 
@@ -237,6 +237,10 @@ def _detached(stats): return {k: tuple(v.detach() for v in pair) for k, pair in 
 
 def _remember(seen, stats):
     for k, v in stats.items(): seen.setdefault(k, []).append(v)
+
+def seen_stats(seen:dict|None) -> dict:
+    "What norm='per_step' should remember of a trajectory: buffer name to (steps, channels), mean over tasks."
+    return {f'{k}.{n}': torch.stack([s[j].mean(0) for s in v]) for k, v in (seen or {}).items() for j, n in enumerate(('mean', 'var'))}
 
 # %% ../nbs/10_maml.ipynb #5dc08576
 def to_dtype(learner, dtype:torch.dtype, device='cpu'):

@@ -22,6 +22,7 @@ class MultiStepLoss:
     horizon:float=.1       # fraction of the training over which the weight moves to the last step
     after:str='final_only' # then: 'final_only', or 'keep_annealed'
     floor:float=.03        # a step's weight stays above floor/T until then
+    start:bool=False       # count the loss before any step, too: the i = 0 term of eq. 4, which the code does not compute
     def __post_init__(self):
         pick('after', self.after, ('final_only', 'keep_annealed'))
         if not 0 < self.horizon <= 1: raise ValueError(f'horizon={self.horizon}: a fraction of the training, in (0, 1]; the schedule must end before the run does')
@@ -30,9 +31,9 @@ class MultiStepLoss:
                 ) -> list[float]:      # weights after 0, 1, …, T steps; they sum to 1
         "The weights at some point of the training."
         if self.after == 'final_only' and progress >= self.horizon: return [0.]*steps + [1.]
-        x = progress/self.horizon
-        early = max((1 - x)/steps, self.floor/steps)
-        return [0.] + [early]*(steps - 1) + [1 - early*(steps - 1)]
+        n = steps + self.start
+        early = max(1 - progress/self.horizon, self.floor)/n
+        return [0.]*(not self.start) + [early]*(n - 1) + [1 - early*(n - 1)]
 
 # %% ../nbs/11_mamlpp.ipynb #8d66c23f
 def _rates(kind, theta, names, steps, start):
@@ -100,7 +101,7 @@ def mamlpp(
     "MAML++: all ingredients of the learner. Cosine annealing, the sixth, is `fit(…, schedule=Cosine())`."
     for i in ingredients: pick('ingredient', i, INGREDIENTS)
     norms = dict(norm_steps=inner_steps) if {'bnwb', 'bnrs'} & set(ingredients) else {}
-    if 'bnrs' in ingredients: norms['norm'] = 'per_step'
+    if 'bnrs' in ingredients: norms |= dict(norm='per_step', affine_per_step='bnwb' in ingredients)
     if norms and not isinstance(backbone, Conv4):
         raise ValueError(f'{type(backbone).__name__} has no per-step norm: leave bnwb and bnrs out of the ingredients, or use a Conv4')
     return MAMLpp(replace(backbone, **norms) if norms else backbone, n_way, inner_lr, inner_steps, msl=MultiStepLoss(horizon) if 'msl' in ingredients else None,
@@ -122,7 +123,7 @@ def mamlpp_preset(
     small:bool=True,   # 28-pixel images (Omniglot), or 84-pixel ones (mini-ImageNet)
     k_shot:int=1,
 ) -> tuple[dict,dict]: # arguments of `mamlpp`, and of `fit`
-    "Learner and training of MAML++ as the paper (section 6) or the code has it, at full length."
+    "Learner and training of MAML++ at full length: the paper's numbers, and the authors' code's where it is silent; or that code's alone."
     pick('preset', name, ('antoniou2018', 'antoniou_repo'))
     paper = name == 'antoniou2018'
     epochs = 150 if paper else 100

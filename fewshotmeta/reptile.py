@@ -19,9 +19,10 @@ class Reptile(MAML):
     ) -> MetaLoss:
         "A loss whose value is the query loss after adaptation to all images, and whose gradient is θ − θ_b."
         xs, ys = torch.cat([episodes.xs, episodes.xq], 1), torch.cat([episodes.ys, episodes.yq], 1)
-        fast = self.adapt(xs, ys)
+        seen = {} if self.buffers else None
+        for fast in self.trajectory(xs, ys, seen=seen): pass
         with torch.no_grad(): logits, _ = self.logits(fast, episodes.xq, max(fast.steps - 1, 0))
         start = self.head.start(self.theta, self._check(xs, ys))
         way = sum((start[k] - fast.params[k]).square().flatten(1).sum(1)/2 for k in self.adapted)
         right = (logits.argmax(-1) == episodes.yq).float().mean(1)
-        return MetaLoss(task_losses(logits, episodes.yq) + way - way.detach(), right, {})
+        return MetaLoss(task_losses(logits, episodes.yq) + way - way.detach(), right, seen_stats(seen))

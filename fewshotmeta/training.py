@@ -106,6 +106,10 @@ def _same_ways(learner, sampler, training=False):
     most = getattr(getattr(learner, 'head', None), 'n_max', None)
     if training and most and high > most: raise ValueError(f'episodes of up to {high} ways, but the head was made to be trained with n_max={most}: make it with n_max={high}')
 
+def _one_number(sampler):
+    low, high = sampler.way_range
+    if low != high: raise ValueError(f'{low} to {high} ways: accuracy is of one number of ways at a time, sampler(n_way=…); evaluate_ways takes many')
+
 @torch.no_grad()
 def accuracies(
     learner,             # anything with `trajectory`, `predict`
@@ -116,7 +120,7 @@ def accuracies(
 ) -> Tensor:             # (n, steps+1), accuracy of each task after 0, 1, … inner steps, fractions
     "Accuracy of each task after each inner step."
     check_size('n', n, 1); _same_ways(learner, sampler)
-    if isinstance(sampler, WaysSampler): raise ValueError(f'{sampler.low} to {sampler.high} ways: accuracy is of one number of ways at a time, sampler(n_way=…); evaluate_ways takes many')
+    _one_number(sampler)
     plan = plan or plan_for(sampler.bank.images.device)
     def one(s):
         ep = sampler[s]
@@ -279,7 +283,8 @@ class _Loop:
         if not math.isfinite(g.loss) or not all(v.isfinite().all() for v in g.grads):
             what = f'loss is {g.loss}' if not math.isfinite(g.loss) else 'gradient is not finite'
             raise FloatingPointError(f'iteration {i}: the {what}. The last checkpoint is kept as it is; lower meta_lr={how["meta_lr"]} or inner_lr, or clip, in a new folder')
-        grads = how['clip'](g.grads) if how['clip'] else g.grads
+        grads = [v*how['total'] for v in g.grads] if how['total'] != 1 else g.grads
+        if how['clip']: grads = how['clip'](grads)
         for p, v in zip(self.params, grads): p.grad = v
         for group in run.opt.param_groups: group['lr'] = how['meta_lr']*how['schedule'](progress)
         run.learner.outer_step(run.opt, int(episodes.ys.max()) + 1, progress)
@@ -323,8 +328,8 @@ def fit(
     iterations:int,             # of the outer loop
     meta_batch:int=16,          # tasks an iteration
     meta_lr:float=1e-3,         # learning rate of the outer loop
-    schedule=constant,          # progress to a factor on meta_lr: `constant`, `Cosine()`, `MultiStep()`
-    clip=None,                  # `ClipValue()`, `ClipNorm()`, or none
+    schedule=constant,          # progress to a factor on meta_lr: `constant`, `Cosine()`, `MultiStep()`, or a name in `SCHEDULES`
+    clip=None,                  # `ClipValue()`, `ClipNorm()`, a bound for each gradient element, or none
     betas:tuple=(.9, .999),     # Adam's
     valid:EpisodeSampler|None=None, # where fixed validation tasks come from
     valid_tasks:int=100,        # how many
@@ -335,21 +340,25 @@ def fit(
     log_every:int=50,           # iterations between rows of the metrics
     plan:Plan|None=None,        # how tasks are run; none: by device
     optimizer:str='adam',       # of the outer loop: 'adam', 'sgd'
+    task_loss:str='mean',       # over the tasks of a meta-batch: 'mean', 'sum' (before clipping)
     progress:bool=True,         # show a progress bar
 ) -> Run:                       # with the selected learner, the history, the checkpointed state
     "Meta-train a learner. Raises `ValueError`, `BadCheckpoint`, `FloatingPointError` (a loss that is not finite)."
     for k, v in dict(iterations=iterations, meta_batch=meta_batch, valid_tasks=valid_tasks, valid_every=valid_every, save_every=save_every, log_every=log_every).items(): check_size(k, v, 1)
     _positive('meta_lr', meta_lr); _same_ways(learner, train, training=True); pick('optimizer', optimizer, OPTIMIZERS)
-    if valid: _same_ways(learner, valid)
+    pick('task_loss', task_loss, ('mean', 'sum'))
+    if valid: _same_ways(learner, valid); _one_number(valid)
+    if isinstance(schedule, str): pick('schedule', schedule, SCHEDULES); schedule = SCHEDULES[schedule]
+    if isinstance(clip, (int, float)): clip = ClipValue(clip)
     select = select if valid else 'last'
     keep = _how_many(select)
-    config = dict(learner=describe(learner), train=train.describe(meta_batch), optimizer=optimizer,
+    config = dict(learner=describe(learner), train=train.describe(meta_batch), optimizer=optimizer, task_loss=task_loss,
                   iterations=iterations, meta_batch=meta_batch, meta_lr=meta_lr, schedule=_name(schedule), clip=_name(clip), betas=list(betas),
                   valid=valid and f'{valid.describe(valid_tasks)}, {valid_tasks} every {valid_every}', select=select, log_every=log_every)
     run = Run(learner, OPTIMIZERS[optimizer](list(learner.theta.values()), meta_lr, betas))
     if checkpoint and (Path(checkpoint)/'checkpoint.safetensors').exists(): load_checkpoint(run, checkpoint, config)
     elif checkpoint: save_checkpoint(run, checkpoint, config)       # a folder that cannot be written is found out now
-    how = dict(iterations=iterations, meta_batch=meta_batch, meta_lr=meta_lr, schedule=schedule, clip=clip, valid_tasks=valid_tasks, select=select, plan=plan, momentum=.1)
+    how = dict(iterations=iterations, meta_batch=meta_batch, meta_lr=meta_lr, schedule=schedule, clip=clip, valid_tasks=valid_tasks, select=select, plan=plan, momentum=.1, total=meta_batch if task_loss == 'sum' else 1)
     with _bar(run.iteration, iterations, progress) as bar:
         _train(_Loop(run, train, valid, how, bar), checkpoint, config, valid_every, save_every, log_every)
     return _selected(run, keep)

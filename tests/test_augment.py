@@ -23,7 +23,8 @@ def test_boxes_fit_and_vary():
     assert (b[:, :2] >= 0).all() and (b[:, 0] + b[:, 2] <= 32).all() and (b[:, 1] + b[:, 3] <= 32).all() and (b[:, 2:] >= 1).all()
     area, ratio = b[:, 2]*b[:, 3]/32**2, b[:, 3]/b[:, 2]
     assert area.min() < .1 and area.max() > .95 and abs(area.mean() - .53) < .02 and (ratio < .85).any() and (ratio > 1.2).any()
-    assert (crop_boxes(torch.tensor([[1 - 2**-24]*4]), 32)[:, 0] <= 32).all()
+    last = crop_boxes(torch.tensor([[0., .5, 1 - 2**-24, 1 - 2**-24]]), 32)[0]
+    assert last[2] < 12 and (last[:2] + last[2:]).tolist() == [32, 32]
 
 def test_jitter_equals_torchvision():
     x, f = images(), 1 + .4*(2*chances(k=3) - 1)
@@ -47,6 +48,12 @@ def test_a_function_of_seed_and_index(noise_bank):
     assert s.describe(9) != plain.describe(9) and 'CloserLook' in s.describe(9)
     x = torch.cat([EpisodeSampler(ImageBank(torch.full((50, 1, 16, 16), 128, dtype=torch.uint8), range(0, 50, 10), [10]*5, list('abcde')), 5, 2, 3, augment=CloserLook())[i].xs for i in range(20)])
     assert len(x.mean((1, 2, 3)).unique()) > 150                    # every image has its own brightness
+
+def test_chances_are_independent_of_the_draws(noise_bank):
+    s = EpisodeSampler(noise_bank, 5, 1, 1, augment=CloserLook())
+    index = np.arange(4000)
+    chance, (classes, images) = s._chances(index).reshape(4000, -1), s.draw(index)
+    assert np.abs(np.corrcoef(np.concatenate([chance, classes, images.reshape(4000, -1)], 1).T)[:80, 80:]).max() < .08 and abs(chance.mean() - .5) < .01 and abs(chance.std() - 12**-.5) < .01
 
 def test_training_resumes_with_augmentation(noise_bank, tmp_path, monkeypatch):
     import fewshotmeta.training as T

@@ -67,9 +67,9 @@ def test_gradient_against_finite_differences(kw, update):
 class Still(torch.optim.SGD):
     def step(self):
         with torch.no_grad():
-            for p in self.param_groups[0]['params']: p.add_(torch.arange(len(p)).reshape(-1, *[1]*(p.dim() - 1)).to(p))   # row i moves by i
+            for p in self.param_groups[0]['params']: p.add_(torch.arange(1., len(p) + 1).reshape(-1, *[1]*(p.dim() - 1)).to(p))   # row i moves by i + 1
 
-@pytest.mark.parametrize('update,expect', [('row_mean_adam', 1.), ('row_mean_sgd', -.2), ('tied_gradient', 0.), ('frozen', 0.)])
+@pytest.mark.parametrize('update,expect', [('row_mean_adam', 2.), ('row_mean_sgd', -.2), ('tied_gradient', 1.), ('frozen', 0.)])
 def test_master_updates(update, expect):
     "Three of four rows are active: the fourth's own movement does not count."
     head = Master(4, update)
@@ -126,6 +126,7 @@ def test_resumes_to_the_same_bytes(noise_bank, tmp_path, monkeypatch, method):
     (lambda s: hidra(conv4(size=16), method=meta_sgd), "per_weight.*any number.*per_tensor"), (lambda s: fit(hidra(conv4(size=16), 4), WaysSampler(s, 2, 5), 2), 'up to 5 ways.*n_max=4.*n_max=5'),
     (lambda s: WaysSampler(s, 2, 41), 'n_way=41, but noise has 40 classes'), (lambda s: WaysSampler(s, 5, 3), 'from 5 to 3'), (lambda s: WaysSampler(s, 1, 3), 'low=1'),
     (lambda s: fit(MAML(conv4(size=16), 5), WaysSampler(s, 2, 5), 2), 'n_way=2 to 5 for a learner of n_way=5'), (lambda s: evaluate(hidra(conv4(size=16)), WaysSampler(s, 2, 5), 2), 'one number of ways at a time'),
-    (lambda s: MAML(conv4(size=16), 5, head=Master(4)), 'n_way=5, but Master')])
+    (lambda s: MAML(conv4(size=16), 5, head=Master(4)), 'n_way=5, but Master'), (lambda s: fit(MAML(conv4(size=16), 5), s, 2, valid=WaysSampler(s, 2, 5)), 'n_way=2 to 5'),
+    (lambda s: fit(hidra(conv4(size=16)), s, 2, valid=WaysSampler(s, 2, 5)), 'one number of ways')])
 def test_bad_input(call, words, noise_bank):
     with pytest.raises((ValueError, TypeError), match=words): call(EpisodeSampler(noise_bank, 5, 1, 3))

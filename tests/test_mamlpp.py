@@ -96,6 +96,34 @@ def test_each_ingredient_changes_the_result(noise_bank):
     losses.append(fit(mamlpp(conv4(size=16, filters=4), 5, 2, ingredients=()), train, 12, meta_batch=2, meta_lr=3e-3, schedule=Cosine(), log_every=12, progress=False).history[-1]['loss'])
     assert len(set(losses)) == 7
 
+def test_bnrs_and_bnwb_are_independent(noise_bank):
+    "One has statistics for each step, the other scales and shifts; both together are a third learner."
+    train, losses = EpisodeSampler(noise_bank, 5, 1, 3), []
+    for ingredients, rows in ((('bnrs',), 1), (('bnwb',), 2), (('bnrs', 'bnwb'), 2)):
+        m = mamlpp(conv4(size=16, filters=4), 5, 2, ingredients=ingredients)
+        assert m.theta['norm1.weight'].dim() == rows and bool(m.buffers) == ('bnrs' in ingredients)
+        losses.append(fit(m, train, 12, meta_batch=2, meta_lr=3e-3, log_every=12, progress=False).history[-1]['loss'])
+    assert len(set(losses)) == 3
+
+@pytest.mark.parametrize('name', ['antoniou2018', 'antoniou_repo'])
+@pytest.mark.parametrize('small', [True, False])
+def test_presets_run(name, small, noise_bank):
+    learner, how = mamlpp_preset(name, small)
+    train = EpisodeSampler(noise_bank, 3, 1, 2)
+    m = mamlpp(conv4(size=16, filters=4), 3, **learner)
+    assert how['iterations'] == (75_000 if name == 'antoniou2018' else 50_000) and how['meta_batch'] == {('antoniou2018', True): 16, ('antoniou2018', False): 4, ('antoniou_repo', True): 8, ('antoniou_repo', False): 2}[name, small]
+    run = fit(m, train, valid=train(seed=1), progress=False, **how | dict(iterations=6, meta_batch=2, valid_tasks=2, valid_every=1))
+    assert len(run.kept) == (1 if name == 'antoniou2018' else 5) and (run.history[-1]['lr'] == 1e-3) == ((name, small) == ('antoniou_repo', False))
+
+@pytest.mark.parametrize('steps', [1, 3])
+def test_the_start_counts_on_request(steps):
+    w = MultiStepLoss(.2, start=True)
+    assert w(0., steps) == pytest.approx([1/(steps + 1)]*(steps + 1)) and sum(w(.15, steps)) == pytest.approx(1) and w(.3, steps) == [0.]*steps + [1.]
+    m, ep = tiny(('msl',), steps), noise()
+    m.msl = w
+    by_step = [task_losses(m.logits(f, ep.xq)[0], ep.yq) for f in m.trajectory(ep.xs, ep.ys)]
+    assert torch.allclose(m.meta_loss(ep, 0.).loss, sum(by_step)/(steps + 1), atol=1e-12)
+
 def test_meta_sgd():
     m, ep = tiny(make=meta_sgd(conv4(size=16, filters=4), 3)), noise()
     assert sum(v.numel() for k, v in m.theta.items() if k.startswith('rate.')) == sum(m.theta[k].numel() for k in m.adapted)
