@@ -1,5 +1,5 @@
 """MAML++: its weights, its rates, each ingredient alone, and its gradient against finite differences."""
-import pytest, torch
+import pytest, torch, torch.nn.functional as F
 from fewshotmeta.backbones import *
 from fewshotmeta.episodes import *
 from fewshotmeta.layers import *
@@ -48,6 +48,35 @@ def test_every_plan_gives_the_same_gradient(plan, progress):
     ours = dict(zip(m.theta, meta_gradient(m, ep, progress, plan_for('cpu', plan)).grads))
     size = sum(v.norm()**2 for v in whole.values())**.5
     assert all((ours[k] - whole[k]).norm() < 1e-10*size for k in whole)
+
+def plain_loop(m, ep, progress):
+    "MAML++ with PyTorch's own layers, one task after another: rates, rows of the norm, weights and orders by hand."
+    net, t = m.backbone, m.theta
+    def logits(p, x, row):
+        for i in range(1, 5):
+            x = F.conv2d(x, p[f'conv{i}.weight'], p[f'conv{i}.bias'], padding=1)
+            x = F.batch_norm(x, None, None, t[f'norm{i}.weight'][row], t[f'norm{i}.bias'][row], True, 0., net.eps)
+            x = F.max_pool2d(F.leaky_relu(x, net.leak), 2)
+        return F.linear(x.flatten(1), p['head.weight'], p['head.bias'])
+    names, T, total = [k for k in t if k.split('.')[0] in ('conv1', 'conv2', 'conv3', 'conv4', 'head')], m.inner_steps, 0.
+    x = progress/.1
+    v = [max(1/T - x/T, .03/T)]*(T - 1) + [min(1/T + x*(T - 1)/T, 1 - (T - 1)*.03/T)] if progress < .1 else [0.]*(T - 1) + [1.]
+    for xs, ys, xq, yq in zip(*ep):
+        p = {k: t[k] for k in names}
+        for s in range(T):
+            g = torch.autograd.grad(F.cross_entropy(logits(p, xs, s), ys), [p[k] for k in names], create_graph=progress >= 1/3, retain_graph=True)
+            p = {k: p[k] - t[f'rate.{k}'][s]*d for k, d in zip(names, g)}
+            total = total + v[s]*F.cross_entropy(logits(p, xq, s), yq)/len(ep.xs)
+    return dict(zip(t, torch.autograd.grad(total, list(t.values()), materialize_grads=True)))
+
+@pytest.mark.parametrize('progress', [0., .05, .2, .5])
+@pytest.mark.parametrize('plan', list(PLANS))
+def test_every_plan_equals_the_plain_loop(plan, progress):
+    m, ep = tiny(), noise(tasks=3)
+    naive = plain_loop(m, ep, progress)
+    ours = dict(zip(m.theta, meta_gradient(m, ep, progress, plan_for('cpu', plan)).grads))
+    size = sum(v.norm()**2 for v in naive.values())**.5
+    for k in naive: assert (ours[k] - naive[k]).norm() < 1e-10*size, k
 
 def test_multi_step_loss_by_hand():
     m, ep = tiny(('msl',)), noise()
