@@ -28,6 +28,20 @@ def noise_bank():
     images = torch.randint(0, 256, (1000, 1, 16, 16), generator=gen, dtype=torch.uint8)
     return ImageBank(images, range(0, 1000, 25), [25]*40, [f'class{i:02d}' for i in range(40)], name='noise')
 
+@pytest.fixture
+def stopped(monkeypatch):
+    "`stopped(7, go)` runs `go` up to iteration 7 of a training, where Ctrl-C comes."
+    import fewshotmeta.training as T
+    step = T._Loop.step
+    def run(iteration, go):
+        def stop(self):
+            if self.run.iteration == iteration: raise KeyboardInterrupt
+            return step(self)
+        with monkeypatch.context() as p:
+            p.setattr(T._Loop, 'step', stop)
+            with pytest.raises(KeyboardInterrupt): go()
+    return run
+
 def mounted(folder, options):
     "A small file system of its own, which binds root, too; skipped, visibly, where one cannot be mounted."
     folder.mkdir()

@@ -37,14 +37,16 @@ def test_switch(warm, over, epochs):
     if over: assert p[warm] == pytest.approx(over/(over + 1)) and p[warm + over - 1] == pytest.approx(1/(over + 1))
     assert [s(e/epochs + .5/epochs) for e in range(epochs)] == p and Switch(warm, over, epochs, 'none')(0.) == 0
 
+def plain_embedding(m, x):
+    t, net = m.theta, m.backbone
+    for i in range(1, 5):
+        x = F.conv2d(x, t[f'conv{i}.weight'], t[f'conv{i}.bias'], padding=1)
+        x = F.max_pool2d(F.leaky_relu(F.batch_norm(x, None, None, t[f'norm{i}.weight'], t[f'norm{i}.bias'], True, 0., net.eps), net.leak), 2)
+    return x.flatten(1)
+
 def plain_loop(m, ep, p):
     "HyperMAML with PyTorch's own layers, one task after another, as one would write it on a blackboard."
-    t, net, a = m.theta, m.backbone, m.inner_lr
-    def embed(x):
-        for i in range(1, 5):
-            x = F.conv2d(x, t[f'conv{i}.weight'], t[f'conv{i}.bias'], padding=1)
-            x = F.max_pool2d(F.leaky_relu(F.batch_norm(x, None, None, t[f'norm{i}.weight'], t[f'norm{i}.bias'], True, 0., net.eps), net.leak), 2)
-        return x.flatten(1)
+    t, a, embed = m.theta, m.inner_lr, lambda x: plain_embedding(m, x)
     def H(r): return F.linear(F.linear(F.linear(r, t['hyper.0.weight'], t['hyper.0.bias']).relu(), t['hyper.1.weight'], t['hyper.1.bias']).relu(), t['hyper.2.weight'], t['hyper.2.bias'])
     total, sign = 0., 1 if m.sign == 'plus' else -1
     for xs, ys, xq, yq in zip(*ep):
@@ -94,12 +96,7 @@ def test_every_plan_equals_the_plain_loop(kw, progress, p, plan):
 @pytest.mark.parametrize('plan', list(PLANS))
 def test_anyway_equals_the_plain_loop(plan, n_way):
     m, ep = tiny(anyway_hypermaml, 4), noise(tasks=3, n_way=n_way)
-    t, net, total = m.theta, m.backbone, 0.
-    def embed(x):
-        for i in range(1, 5):
-            x = F.conv2d(x, t[f'conv{i}.weight'], t[f'conv{i}.bias'], padding=1)
-            x = F.max_pool2d(F.leaky_relu(F.batch_norm(x, None, None, t[f'norm{i}.weight'], t[f'norm{i}.bias'], True, 0., net.eps), net.leak), 2)
-        return x.flatten(1)
+    t, total, embed = m.theta, 0., lambda x: plain_embedding(m, x)
     for xs, ys, xq, yq in zip(*ep):
         e, w, b = embed(xs), [], []
         c = [e[ys == k].mean(0) for k in range(n_way)]
@@ -227,18 +224,11 @@ def test_selection_and_adams_steps(noise_bank):
     assert all(r['val_accuracy'] is not None for r in go(make(selection='mixture')).history)
 
 @pytest.mark.parametrize('make', [HyperMAML, anyway_hypermaml])
-def test_resumes_to_the_same_bytes(noise_bank, tmp_path, monkeypatch, make):
-    import fewshotmeta.training as T
+def test_resumes_to_the_same_bytes(noise_bank, tmp_path, stopped, make):
     train = EpisodeSampler(noise_bank, 5, 1, 3)
     def go(folder): return fit(make(conv4(size=16, filters=4), 5, width=8, switch=Switch(4, 3, 12)), train, 12, meta_batch=2, checkpoint=folder, save_every=3, progress=False).learner
-    whole, step = go(tmp_path/'a'), T._Loop.step
-    for stop_at in (2, 7):
-        def stop(self):
-            if self.run.iteration == stop_at: raise KeyboardInterrupt
-            return step(self)
-        with monkeypatch.context() as p:
-            p.setattr(T._Loop, 'step', stop)
-            with pytest.raises(KeyboardInterrupt): go(tmp_path/'b')
+    whole = go(tmp_path/'a')
+    for at in (2, 7): stopped(at, lambda: go(tmp_path/'b'))
     again = go(tmp_path/'b')
     assert all(torch.equal(whole.theta[k], again.theta[k]) for k in whole.theta)
 
