@@ -39,7 +39,8 @@ class Evaluation:
 
     def __str__(self):
         kind = 'transductive' if self.transductive else 'not transductive'
-        return f'{100*self.mean:.2f} ± {100*self.ci95:.2f} % ({self.n} episodes, {self.task}, {len(self.by_step) - 1} steps, {kind})'
+        steps = f'{len(self.by_step) - 1} step{"" if len(self.by_step) == 2 else "s"}'
+        return f'{100*self.mean:.2f} ± {100*self.ci95:.2f} % ({self.n} episodes, {self.task}, {steps}, {kind})'
     __repr__ = __str__
 
     def metric(self) -> dict:
