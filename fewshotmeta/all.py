@@ -10,6 +10,7 @@ from .data import *
 from .episodes import *
 from .augment import *
 from .layers import *
+from .kernels import *
 from .backbones import *
 from .maml import *
 from .mamlpp import *

@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from .layers import *
 from .layers import NORMS
+from .kernels import *
 from .data import check_size
 
 # %% ../nbs/03_backbones.ipynb #0b51872c
@@ -104,20 +105,28 @@ class Conv4:
 
     def _block(self, p, x, i, step, stats, seen):
         live = self.norm in ('per_step', 'affine_only')   # otherwise the norm subtracts the bias again
-        x = task_conv2d(x, p[f'conv{i}.weight'], p[f'conv{i}.bias'] if live else None, 2 if self.down == 'stride' else 1)
+        stride, pool, w = 2 if self.down == 'stride' else 1, self.down == 'max_pool', p[f'conv{i}.weight']
+        if self.norm == 'transductive' and fusable(x, self.filters):
+            y, seen[f'norm{i}'] = fused_block(x, w, *self._affine(p, f'norm{i}', step), self.eps, self.leak, stride, pool)
+            return y
+        x = task_conv2d(x, w, p[f'conv{i}.bias'] if live else None, stride)
         x = self._norm(p, x, f'norm{i}', step, stats, seen)
         if self.down == 'max_pool': x = task_max_pool(x)
         return F.leaky_relu(x, self.leak) if self.leak else F.relu(x)
 
     def _norm(self, p, x, name, step, stats, seen):
-        row = (lambda t: t if t is None else t[..., step, :]) if self.norm_steps else (lambda t: t)
-        affine, use = row if self.affine_per_step else (lambda t: t), None
+        use = None
         if self.norm == 'support': use = stats[name] if stats else batch_stats(x)
-        elif self.norm == 'per_step': use = row(p[f'{name}.mean']), row(p[f'{name}.var'])
+        elif self.norm == 'per_step': use = p[f'{name}.mean'][step], p[f'{name}.var'][step]
         elif self.norm == 'affine_only': use = x.new_zeros(x.shape[2]), x.new_ones(x.shape[2])
-        y, seen[name] = task_norm(x, affine(p.get(f'{name}.weight')), affine(p[f'{name}.bias']), use, self.eps)
+        y, seen[name] = task_norm(x, *self._affine(p, name, step), use, self.eps)
         if self.norm == 'per_step': seen[name] = tuple(s.detach() for s in batch_stats(x))
         return y
+
+    def _affine(self, p, name, step):
+        "Scale (none: 1) and shift, of this step if each has its own."
+        row = (lambda t: t[..., step, :]) if self.norm_steps and self.affine_per_step else (lambda t: t)
+        return None if self.affine == 'shift' else row(p[f'{name}.weight']), row(p[f'{name}.bias'])
 
 # %% ../nbs/03_backbones.ipynb #c25ac7a9
 def pick(name:str, value, choices) -> None:

@@ -159,8 +159,8 @@ class MAML:
 
     def update(self, own, theta, loss, step, order):
         "One inner step on the adapted parameters; tasks are independent, so one gradient of the sum serves all."
-        grads = torch.autograd.grad(loss, list(own.values()), create_graph=order == 2, retain_graph=order > 0, materialize_grads=True)
-        return {k: v - self.rate(theta, k, step)*g for (k, v), g in zip(own.items(), grads)}
+        grads = torch.autograd.grad(loss, list(own.values()), create_graph=order == 2, retain_graph=order > 0, allow_unused=True)
+        return {k: v if g is None else v - self.rate(theta, k, step)*g for (k, v), g in zip(own.items(), grads)}
 
     def rate(self, theta, name, step):
         "The step size of one parameter at one step; MAML has one for all."

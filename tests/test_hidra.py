@@ -11,7 +11,7 @@ from fewshotmeta.training import *
 from test_maml import assert_slope, noise, plain_loop
 
 def tiny(update='row_mean_adam', n_max=4, norm='transductive', **kw):
-    m = to_dtype(hidra(conv4(size=16, filters=4, norm=norm), n_max, update, **(dict(inner_lr=.3, inner_steps=5) | kw)), torch.float64)
+    m = to_dtype(hidra(conv4(size=16, filters=8, norm=norm), n_max, update, **(dict(inner_lr=.3, inner_steps=5) | kw)), torch.float64)
     m.theta = {k: v.detach().contiguous().requires_grad_() for k, v in m.theta.items()}
     return m
 
@@ -28,7 +28,7 @@ def test_the_master_has_no_influence(kw, norm):
     m, ep = tiny(norm=norm, **kw), noise(n_way=3)
     g = gradient(m, ep)
     assert g['head.weight'][:3].sum(0).abs().max() < 1e-12 and g['head.bias'][:3].sum().abs() < 1e-12 and g['head.weight'][:3].abs().max() > 1e-4 and (g['head.weight'][3] == 0).all()
-    for row in (torch.zeros(4, dtype=torch.float64), 5*torch.randn(4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)):
+    for row in (torch.zeros(8, dtype=torch.float64), 5*torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)):
         other = with_row(m, row)
         for a, b in zip(m.trajectory(ep.xs, ep.ys), other.trajectory(ep.xs, ep.ys)): assert torch.allclose(m.predict(a, ep.xq).softmax(-1), other.predict(b, ep.xq).softmax(-1), atol=1e-10)
         theirs = gradient(other, ep)
@@ -37,7 +37,7 @@ def test_the_master_has_no_influence(kw, norm):
 def test_it_is_maml_with_the_head_reset_to_zero():
     "T7."
     m, ep = tiny(), noise(n_way=3)
-    zero = to_dtype(MAML(conv4(size=16, filters=4), 3, .3, 5, head_init='zeros'), torch.float64)
+    zero = to_dtype(MAML(conv4(size=16, filters=8), 3, .3, 5, head_init='zeros'), torch.float64)
     zero.theta |= {k: v for k, v in m.theta.items() if not k.startswith('head')}
     a, b = gradient(m, ep), gradient(zero, ep)
     assert all(torch.allclose(a[k], b[k], atol=1e-10) for k in a if not k.startswith('head'))
@@ -87,7 +87,7 @@ def test_the_update_does_not_matter(update, noise_bank):
     if update == 'row_mean_sgd': assert torch.allclose(a.theta['head.weight'], b.theta['head.weight'], atol=1e-14)
 
 def test_one_model_every_number_of_ways(noise_bank):
-    m, s = hidra(conv4(size=16, filters=4), 4, inner_lr=.1), EpisodeSampler(noise_bank, 5, 1, 3)
+    m, s = hidra(conv4(size=16, filters=8), 4, inner_lr=.1), EpisodeSampler(noise_bank, 5, 1, 3)
     curve = evaluate_ways(m, s, (2, 4, 15, 40), n=4, steps=2)
     assert list(curve) == [2, 4, 15, 40] and all(len(e.by_step) == 3 for e in curve.values())
     with pytest.raises(ValueError, match='n_way=41, but noise has 40 classes'): evaluate_ways(m, s, (2, 41), n=4)
@@ -102,12 +102,12 @@ def test_ways_are_drawn_per_meta_batch(noise_bank):
 @pytest.mark.parametrize('method', [MAML, mamlpp])
 def test_resumes_to_the_same_bytes(noise_bank, tmp_path, stopped, method):
     train = WaysSampler(EpisodeSampler(noise_bank, 5, 1, 3), 2, 4)
-    def go(folder): return fit(hidra(conv4(size=16, filters=4), 4, method=method, inner_steps=2), train, 12, meta_batch=2, checkpoint=folder, save_every=3, progress=False).learner
+    def go(folder): return fit(hidra(conv4(size=16, filters=8), 4, method=method, inner_steps=2), train, 12, meta_batch=2, checkpoint=folder, save_every=3, progress=False).learner
     whole = go(tmp_path/'a')
     stopped(7, lambda: go(tmp_path/'b'))
     again = go(tmp_path/'b')
     assert all(torch.equal(whole.theta[k], again.theta[k]) for k in whole.theta)
-    with pytest.raises(BadCheckpoint, match='2 to 4 ways'): fit(hidra(conv4(size=16, filters=4), 4, method=method, inner_steps=2), WaysSampler(train.sampler, 2, 3), 12, meta_batch=2, checkpoint=tmp_path/'a', progress=False)
+    with pytest.raises(BadCheckpoint, match='2 to 4 ways'): fit(hidra(conv4(size=16, filters=8), 4, method=method, inner_steps=2), WaysSampler(train.sampler, 2, 3), 12, meta_batch=2, checkpoint=tmp_path/'a', progress=False)
 
 @pytest.mark.parametrize('call,words', [
     (lambda s: hidra(conv4(size=16), update=3), 'unexpected|update'), (lambda s: Master(update='mean'), "master_update='mean'.*'frozen'"), (lambda s: Master(1), 'n_max=1'),

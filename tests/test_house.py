@@ -4,7 +4,7 @@ import pytest
 from conftest import ROOT
 
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-ROOMS = {re.search(r'#\| default_exp (\w+)', p.read_text()).group(1): p.name[:2] for p in NOTEBOOKS if re.match(r'\d\d', p.name)}
+ROOMS = {re.search(r'#\| default_exp (\w+)', p.read_text()).group(1): p.name.split('_')[0] for p in NOTEBOOKS if re.match(r'\d\d', p.name)}
 
 def test_a_room_imports_only_rooms_above():
     for room, number in ROOMS.items():

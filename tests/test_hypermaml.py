@@ -14,7 +14,7 @@ HALF = dict(warm=0, over=9, epochs=16)        # progress .25: epoch 4, p = .5; p
 WARM = dict(warm=10, over=5, epochs=20)       # progress 0: p = 1
 
 def tiny(make=HyperMAML, n=3, norm='transductive', **kw):
-    m = to_dtype(make(conv4(size=16, filters=4, norm=norm, **({'norm_steps': 1} if norm == 'per_step' else {})), n, **(dict(width=8, inner_lr=.3) | kw)), torch.float64)
+    m = to_dtype(make(conv4(size=16, filters=8, norm=norm, **({'norm_steps': 1} if norm == 'per_step' else {})), n, **(dict(width=8, inner_lr=.3) | kw)), torch.float64)
     m.theta = {k: v.detach().contiguous().requires_grad_() for k, v in m.theta.items()}
     return m
 
@@ -101,7 +101,7 @@ def test_anyway_equals_the_plain_loop(plan, n_way):
         e, w, b = embed(xs), [], []
         c = [e[ys == k].mean(0) for k in range(n_way)]
         for i in range(n_way):
-            near = torch.stack([c[i] @ c[j]/2 for j in range(n_way)])                  # √F = 2
+            near = torch.stack([c[i] @ c[j]/8**.5 for j in range(n_way)])              # √F
             others = [j for j in range(n_way) if j != i]
             rival = sum(s*c[j] for s, j in zip(near[others].softmax(0), others))
             row = torch.cat([c[i], c[i] - sum(c)/n_way, rival, near.softmax(0)[i:i + 1].detach()])
@@ -203,7 +203,7 @@ def test_anyway_is_equivariant(enhance, progress):
 def test_selection_and_adams_steps(noise_bank):
     "Only the pure hypernetwork is selected, once the switch is over; Adam does not count the warm-up for the hypernetwork."
     train = EpisodeSampler(noise_bank, 5, 1, 3)
-    make = lambda **kw: HyperMAML(conv4(size=16, filters=4), 5, width=8, switch=Switch(4, 4, 16), **kw)
+    make = lambda **kw: HyperMAML(conv4(size=16, filters=8), 5, width=8, switch=Switch(4, 4, 16), **kw)
     go = lambda m: fit(m, train, 16, meta_batch=2, valid=train(seed=1), valid_tasks=3, valid_every=2, log_every=2, progress=False)
     run = go(make())
     assert [r['val_accuracy'] is None for r in run.history] == [True]*3 + [False]*5 and run.kept[0][1] >= 8
@@ -214,7 +214,7 @@ def test_selection_and_adams_steps(noise_bank):
 @pytest.mark.parametrize('make', [HyperMAML, anyway_hypermaml])
 def test_resumes_to_the_same_bytes(noise_bank, tmp_path, stopped, make):
     train = EpisodeSampler(noise_bank, 5, 1, 3)
-    def go(folder): return fit(make(conv4(size=16, filters=4), 5, width=8, switch=Switch(4, 3, 12)), train, 12, meta_batch=2, checkpoint=folder, save_every=3, progress=False).learner
+    def go(folder): return fit(make(conv4(size=16, filters=8), 5, width=8, switch=Switch(4, 3, 12)), train, 12, meta_batch=2, checkpoint=folder, save_every=3, progress=False).learner
     whole = go(tmp_path/'a')
     for at in (2, 7): stopped(at, lambda: go(tmp_path/'b'))
     again = go(tmp_path/'b')

@@ -106,4 +106,4 @@ def test_an_error_in_a_worker_is_the_callers():
     assert torch.get_num_threads() == before
 
 def test_unknown_plan():
-    with pytest.raises(ValueError, match='choose one of threads, loop, batched'): plan_for('cpu', 'magic')
+    with pytest.raises(ValueError, match='choose one of threads, loop, plain, batched'): plan_for('cpu', 'magic')

@@ -9,7 +9,7 @@ from fewshotmeta.training import meta_gradient
 
 def tiny(n_way=3, **kw):
     net = {k: kw.pop(k) for k in ('norm', 'norm_steps', 'down', 'affine', 'leak') if k in kw}
-    m = to_dtype(MAML(conv4(size=16, filters=4, **net), n_way, **(dict(inner_lr=.3, inner_steps=3) | kw)), torch.float64)
+    m = to_dtype(MAML(conv4(size=16, filters=8, **net), n_way, **(dict(inner_lr=.3, inner_steps=3) | kw)), torch.float64)
     m.theta = {k: v.detach().contiguous().requires_grad_() for k, v in m.theta.items()}
     return m
 
@@ -114,7 +114,7 @@ def test_statistics_change_per_step_and_not_transductive():
 def test_per_step_statistics_are_those_of_each_step():
     m, ep = tiny(norm='per_step', norm_steps=3), noise()
     stats = m.meta_loss(ep).stats
-    assert set(stats) == set(m.buffers) and all(v.shape == (3, 4) for v in stats.values())
+    assert set(stats) == set(m.buffers) and all(v.shape == (3, 8) for v in stats.values())
     x = torch.stack([F.conv2d(t, m.theta['conv1.weight'], m.theta['conv1.bias'], padding=1) for t in ep.xs])
     assert torch.allclose(stats['norm1.mean'][0], x.mean((1, 3, 4)).mean(0))
     assert torch.allclose(stats['norm1.var'][0], x.var((1, 3, 4), correction=0).mean(0))
@@ -134,9 +134,9 @@ def test_tasks_do_not_see_each_other():
 
 def test_a_users_module_learns_the_same_way():
     "A plain nn.Module through from_module gives Conv4's meta-gradient."
-    block = lambda i: nn.Sequential(nn.Conv2d(i, 4, 3, padding=1), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.LeakyReLU(.01))
+    block = lambda i: nn.Sequential(nn.Conv2d(i, 8, 3, padding=1), nn.BatchNorm2d(8), nn.MaxPool2d(2), nn.LeakyReLU(.01))
     m, ep = tiny(), noise()
-    u = to_dtype(MAML(from_module(nn.Sequential(*(block(i) for i in (1, 4, 4, 4))), 1, 16), 3, inner_lr=.3, inner_steps=3), torch.float64)
+    u = to_dtype(MAML(from_module(nn.Sequential(*(block(i) for i in (1, 8, 8, 8))), 1, 16), 3, inner_lr=.3, inner_steps=3), torch.float64)
     names = {k: (f"{'conv' if k[2] == '0' else 'norm'}{int(k[0]) + 1}.{k[4:]}" if k[0].isdigit() else k) for k in u.theta}
     with torch.no_grad():
         for k, v in u.theta.items(): v.copy_(m.theta[names[k]])

@@ -11,7 +11,7 @@ from test_maml import assert_slope, noise
 ALL = ('msl', 'da', 'bnwb', 'lslr')
 
 def tiny(ingredients=ALL, steps=3, make=None, **kw):
-    m = make or mamlpp(conv4(size=16, filters=4), 3, steps, ingredients=ingredients, **kw)
+    m = make or mamlpp(conv4(size=16, filters=8), 3, steps, ingredients=ingredients, **kw)
     m = to_dtype(m, torch.float64)
     m.theta = {k: v.detach().contiguous().requires_grad_() for k, v in m.theta.items()}
     return m
@@ -89,7 +89,7 @@ def test_rates():
     assert torch.equal(fast.params['head.weight'][1], m.theta['head.weight'])
 
 def test_the_unused_row_survives_training(noise_bank):
-    m = mamlpp(conv4(size=16, filters=4), 5, 2)
+    m = mamlpp(conv4(size=16, filters=8), 5, 2)
     fit(m, EpisodeSampler(noise_bank, 5, 1, 3), 6, meta_batch=2, progress=False)
     rates = [v.detach() for k, v in m.theta.items() if k.startswith('rate.') and 'conv1.bias' not in k and 'conv' not in k]
     assert all(v[2] == pytest.approx(.1) and v[0] != pytest.approx(.1, abs=1e-6) for v in rates)
@@ -105,16 +105,16 @@ def test_per_step_norms_and_rates_are_used_at_their_step():
 def test_each_ingredient_changes_the_result(noise_bank):
     train, losses = EpisodeSampler(noise_bank, 5, 1, 3), []
     for ingredients in ((), ('msl',), ('da',), ('bnwb',), ('bnrs',), ('lslr',)):
-        m = mamlpp(conv4(size=16, filters=4), 5, 2, ingredients=ingredients)
+        m = mamlpp(conv4(size=16, filters=8), 5, 2, ingredients=ingredients)
         losses.append(fit(m, train, 12, meta_batch=2, meta_lr=3e-3, log_every=12, progress=False).history[-1]['loss'])
-    losses.append(fit(mamlpp(conv4(size=16, filters=4), 5, 2, ingredients=()), train, 12, meta_batch=2, meta_lr=3e-3, schedule=Cosine(), log_every=12, progress=False).history[-1]['loss'])
+    losses.append(fit(mamlpp(conv4(size=16, filters=8), 5, 2, ingredients=()), train, 12, meta_batch=2, meta_lr=3e-3, schedule=Cosine(), log_every=12, progress=False).history[-1]['loss'])
     assert len(set(losses)) == 7
 
 def test_bnrs_and_bnwb_are_independent(noise_bank):
     "One has statistics for each step, the other scales and shifts; both together are a third learner."
     train, losses = EpisodeSampler(noise_bank, 5, 1, 3), []
     for ingredients, rows in ((('bnrs',), 1), (('bnwb',), 2), (('bnrs', 'bnwb'), 2)):
-        m = mamlpp(conv4(size=16, filters=4), 5, 2, ingredients=ingredients)
+        m = mamlpp(conv4(size=16, filters=8), 5, 2, ingredients=ingredients)
         assert m.theta['norm1.weight'].dim() == rows and bool(m.buffers) == ('bnrs' in ingredients)
         losses.append(fit(m, train, 12, meta_batch=2, meta_lr=3e-3, log_every=12, progress=False).history[-1]['loss'])
     assert len(set(losses)) == 3
@@ -124,7 +124,7 @@ def test_bnrs_and_bnwb_are_independent(noise_bank):
 def test_presets_run(name, small, noise_bank):
     learner, how = mamlpp_preset(name, small)
     train = EpisodeSampler(noise_bank, 3, 1, 2)
-    m = mamlpp(conv4(size=16, filters=4), 3, **learner)
+    m = mamlpp(conv4(size=16, filters=8), 3, **learner)
     assert how['iterations'] == (75_000 if name == 'antoniou2018' else 50_000) and how['meta_batch'] == {('antoniou2018', True): 16, ('antoniou2018', False): 4, ('antoniou_repo', True): 8, ('antoniou_repo', False): 2}[name, small]
     run = fit(m, train, valid=train(seed=1), progress=False, **how | dict(iterations=6, meta_batch=2, valid_tasks=2, valid_every=1))
     assert len(run.kept) == (1 if name == 'antoniou2018' else 5) and (run.history[-1]['lr'] == 1e-3) == ((name, small) == ('antoniou_repo', False))
@@ -139,13 +139,13 @@ def test_the_start_counts_on_request(steps):
     assert torch.allclose(m.meta_loss(ep, 0.).loss, sum(by_step)/(steps + 1), atol=1e-12)
 
 def test_meta_sgd():
-    m, ep = tiny(make=meta_sgd(conv4(size=16, filters=4), 3)), noise()
+    m, ep = tiny(make=meta_sgd(conv4(size=16, filters=8), 3)), noise()
     assert sum(v.numel() for k, v in m.theta.items() if k.startswith('rate.')) == sum(m.theta[k].numel() for k in m.adapted)
     assert (gradient(m, ep, 0.)['rate.conv2.weight'] != 0).any() and m.adapt(ep.xs, ep.ys, 4).steps == 4
 
 def test_resumes_to_the_same_bytes(noise_bank, tmp_path, stopped):
     train = EpisodeSampler(noise_bank, 5, 1, 3)
-    def go(folder): return fit(mamlpp(conv4(size=16, filters=4), 5, 2, ingredients=(*ALL, 'bnrs')), train, 12, meta_batch=2, checkpoint=folder, save_every=3, progress=False).learner
+    def go(folder): return fit(mamlpp(conv4(size=16, filters=8), 5, 2, ingredients=(*ALL, 'bnrs')), train, 12, meta_batch=2, checkpoint=folder, save_every=3, progress=False).learner
     whole = go(tmp_path/'a')
     stopped(7, lambda: go(tmp_path/'b'))
     again = go(tmp_path/'b')

@@ -9,7 +9,7 @@ from fewshotmeta.reptile import *
 from fewshotmeta.training import *
 from test_maml import noise
 
-def tiny(make=Reptile, n=3, **kw): return to_dtype(make(conv4(size=16, filters=4), n, inner_lr=.3, inner_steps=3, **kw), torch.float64)
+def tiny(make=Reptile, n=3, **kw): return to_dtype(make(conv4(size=16, filters=8), n, inner_lr=.3, inner_steps=3, **kw), torch.float64)
 
 def everything_of(ep): return torch.cat([ep.xs, ep.xq], 1), torch.cat([ep.ys, ep.yq], 1)
 
@@ -28,14 +28,14 @@ def test_with_the_master_neuron():
     assert m.predict(m.adapt(noise(n_way=5).xs, noise(n_way=5).ys), ep.xq).shape[-1] == 5
 
 def test_stored_statistics_are_remembered(noise_bank):
-    m = Reptile(conv4(size=16, filters=4, norm='per_step', norm_steps=2), 5, .1, 2)
+    m = Reptile(conv4(size=16, filters=8, norm='per_step', norm_steps=2), 5, .1, 2)
     fit(m, EpisodeSampler(noise_bank, 5, 1, 3), 3, meta_batch=2, meta_lr=.5, optimizer='sgd', progress=False)
     assert (m.buffers['norm1.mean'] != 0).all()
 
 def test_outer_sgd_resumes(noise_bank, tmp_path, stopped):
-    def go(folder): return fit(Reptile(conv4(size=16, filters=4), 5, .1, 2), EpisodeSampler(noise_bank, 5, 1, 3), 4, meta_batch=2, meta_lr=.5, optimizer='sgd', checkpoint=folder, save_every=1, progress=False).learner
+    def go(folder): return fit(Reptile(conv4(size=16, filters=8), 5, .1, 2), EpisodeSampler(noise_bank, 5, 1, 3), 4, meta_batch=2, meta_lr=.5, optimizer='sgd', checkpoint=folder, save_every=1, progress=False).learner
     a = go(tmp_path/'a')
     stopped(2, lambda: go(tmp_path/'b'))
     b = go(tmp_path/'b')
     assert all(torch.equal(a.theta[k], b.theta[k]) for k in a.theta)
-    with pytest.raises(BadCheckpoint, match='optimizer'): fit(Reptile(conv4(size=16, filters=4), 5, .1, 2), EpisodeSampler(noise_bank, 5, 1, 3), 4, meta_batch=2, meta_lr=.5, checkpoint=tmp_path/'a', progress=False)
+    with pytest.raises(BadCheckpoint, match='optimizer'): fit(Reptile(conv4(size=16, filters=8), 5, .1, 2), EpisodeSampler(noise_bank, 5, 1, 3), 4, meta_batch=2, meta_lr=.5, checkpoint=tmp_path/'a', progress=False)

@@ -1,0 +1,93 @@
+"""The C kernels against PyTorch's operations, with two derivatives; and what happens without a compiler."""
+import os, subprocess, sys, threading
+import pytest, torch, torch.nn.functional as F
+from fewshotmeta.all import *
+from fewshotmeta.kernels import _NormPool
+
+pytestmark = pytest.mark.skipif(library(torch.float64) is None, reason='no C compiler')
+
+def plain(x, w, gamma, beta, leak, stride, pool):
+    z = F.batch_norm(F.conv2d(x, w, None, stride, 1), None, None, gamma, beta, True)
+    if pool: z = F.max_pool2d(z, 2)
+    return F.leaky_relu(z, leak) if leak else F.relu(z)
+
+def derivatives(f, args):
+    z = f(*args)
+    wave = torch.sin(torch.arange(z.numel(), dtype=z.dtype)).view(z.shape)
+    first = torch.autograd.grad((z*wave + z.square()/9).sum(), args, create_graph=True)
+    return [z, *first, *torch.autograd.grad(sum((g*torch.cos(torch.arange(g.numel(), dtype=g.dtype)).view(g.shape)).sum() for g in first) + z.sum(), args)]
+
+@pytest.mark.parametrize('channels,size', [(1, 28), (1, 17), (3, 21), (3, 16), (16, 14), (16, 7), (2, 6)])
+@pytest.mark.parametrize('stride,pool', [(1, True), (2, False), (1, False), (2, True)])
+@pytest.mark.parametrize('filters,leak', [(8, 0.), (48, .01), (40, .2)])
+def test_block_and_two_derivatives(channels, size, stride, pool, filters, leak):
+    torch.manual_seed(0)
+    r = lambda *s: torch.randn(*s, dtype=torch.float64)
+    x, w, gamma, beta = channels_last(r(3, channels, size, size) + 2), channels_last(r(filters, channels, 3, 3)/5), r(filters), r(filters)
+    args = [t.requires_grad_() for t in (w, gamma, beta)]
+    if channels not in (1, 3): args = [x.requires_grad_(), *args]
+    full = lambda a: a if len(a) == 4 else (x, *a)
+    ours = derivatives(lambda *a: fused_block(full(a)[0][None], *full(a)[1:], 1e-5, leak, stride, pool)[0][0], args)
+    for a, b in zip(ours, derivatives(lambda *a: plain(*full(a), leak, stride, pool), args)): assert torch.allclose(a, b, rtol=1e-9, atol=1e-10)
+
+def test_statistics_are_those_of_the_norm():
+    torch.manual_seed(0)
+    for c in (1, 16):
+        x, w = torch.rand(1, 6, c, 12, 12, dtype=torch.float64), torch.randn(8, c, 3, 3, dtype=torch.float64)
+        for a, b in zip(fused_block(x, w, None, torch.zeros(8, dtype=torch.float64))[1], batch_stats(task_conv2d(x, w))): assert torch.allclose(a, b, rtol=1e-9)
+
+@pytest.mark.parametrize('channels', [1, 16])
+def test_what_is_not_a_number_stays_so(channels):
+    x, w = torch.rand(1, 2, channels, 8, 8), torch.randn(16, channels, 3, 3)
+    x[0, 0, 0, 3, 3] = torch.nan
+    assert fused_block(x, w, None, torch.zeros(16))[0].isnan().any()
+
+def test_float32_is_near_its_float64():
+    torch.manual_seed(0)
+    for c in (1, 64):
+        x, w, b = torch.rand(1, 75, c, 14, 14), torch.randn(64, c, 3, 3)/10, torch.randn(64)
+        a, e = fused_block(x, w, None, b)[0], fused_block(x.double(), w.double(), None, b.double())[0]
+        assert (a - e).norm() < 1e-5*e.norm()
+
+def test_when_it_is_used():
+    x = lambda *s, dtype=torch.float32: torch.rand(*s, dtype=dtype)
+    assert fusable(x(1, 2, 1, 8, 8), 16) and not fusable(x(2, 2, 1, 8, 8), 16) and not fusable(x(1, 2, 1, 8, 8), 12) and not fusable(x(1, 2, 1, 8, 8, dtype=torch.float16), 32)
+    assert not plan_for('cpu', 'plain').run(fusable, x(1, 2, 1, 8, 8), 16) and plan_for('cpu').run(fusable, x(1, 2, 1, 8, 8), 16)
+
+def test_a_third_derivative_is_refused():
+    y = torch.randn(2, 16, 4, 4, requires_grad=True)
+    z = _NormPool.apply(channels_last(y), torch.ones(16), torch.zeros(16), 1e-5, 0., True)[0]
+    g, = torch.autograd.grad(z.pow(2).sum(), y, create_graph=True)
+    torch.autograd.grad(g.pow(2).sum(), y, retain_graph=True)
+    with pytest.raises(RuntimeError, match='two derivatives'): torch.autograd.grad(g.pow(2).sum(), y, create_graph=True)
+    w = torch.randn(16, 1, 3, 3, requires_grad=True)
+    g, = torch.autograd.grad(fused_block(torch.rand(1, 2, 1, 8, 8), w, None, torch.zeros(16))[0].pow(2).sum(), w, create_graph=True)
+    with pytest.raises(RuntimeError, match='two derivatives'): torch.autograd.grad(g.pow(2).sum(), w, create_graph=True)
+
+def in_new_process(code, cache, **env):
+    return subprocess.run([sys.executable, '-W', 'always', '-c', 'import torch; from fewshotmeta.all import *\n' + code], capture_output=True, text=True,
+                          env=os.environ | dict(FEWSHOTMETA_CACHE=str(cache)) | env)
+
+ASK = 'x = torch.ones(1, 5, 1, 28, 28); print(conv4()(conv4().init(torch.Generator().manual_seed(0)), x)[0].shape, fusable(x, 64), fusable(x, 64))'
+
+@pytest.mark.parametrize('env', [dict(CC='no-such-compiler'), dict(FEWSHOTMETA_KERNELS='torch')])
+def test_without_a_compiler(tmp_path, env):
+    done = in_new_process(ASK, tmp_path, **env)
+    assert done.stdout.strip() == 'torch.Size([1, 5, 64]) False False' and not done.stderr and not list(tmp_path.rglob('*.so'))
+
+def test_a_compiler_that_fails_is_quoted_once(tmp_path):
+    cc = tmp_path/'cc'; cc.write_text('#!/bin/sh\necho "error: out of electrons" >&2; exit 1\n'); cc.chmod(0o755)
+    done = in_new_process(ASK, tmp_path/'cache', CC=str(cc))
+    assert 'False False' in done.stdout and done.stderr.count('out of electrons') == 1 and not list((tmp_path/'cache').rglob('*.*'))
+
+def test_a_cache_that_cannot_be_written(read_only):
+    done = in_new_process(ASK, read_only/'cache')
+    assert 'False False' in done.stdout and 'could not be compiled' in done.stderr
+
+def test_compiled_once_by_many_at_once(tmp_path):
+    code = 'from concurrent.futures import ThreadPoolExecutor\nprint(len(set(ThreadPoolExecutor(4).map(library, [torch.float64]*4))))'
+    outs = []
+    threads = [threading.Thread(target=lambda: outs.append(in_new_process(code, tmp_path))) for _ in range(3)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert [o.stdout.strip() for o in outs] == ['1']*3 and len(list((tmp_path/'kernels').iterdir())) == 1
