@@ -108,8 +108,6 @@ def keep_memory() -> bool: # whether it could be done: Linux with glibc
     m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
     return all([mallopt(m_mmap_max, 0), mallopt(m_trim_threshold, 2**31 - 1), mallopt(m_arena_max, 1)])
 
-if os.environ.get('FEWSHOTMETA_KEEP_MEMORY') == '1': keep_memory()
-
 # %% ../nbs/02_layers.ipynb #7c2a9df2
 def _fold(x:Tensor) -> Tensor:
     "(tasks, n, C, H, W) to (n, tasks*C, H, W)."
