@@ -17,6 +17,7 @@ from .mamlpp import *
 from .hidra import *
 from .hypermaml import *
 from .reptile import *
+from .capture import *
 from .training import *
 from .evaluation import *
 from .runs import *

@@ -97,6 +97,10 @@ class EpisodeSampler:
         "Fewest and most classes of an episode."
         return self.n_way, self.n_way
 
+    def ways_at(self, i:int) -> int:
+        "Classes of a task of meta-iteration `i`: the same for all."
+        return self.n_way
+
     def meta_batch(self, i:int, size:int) -> Episodes:
         "The tasks of meta-iteration `i`."
         return self[i*size:(i + 1)*size]
@@ -200,14 +204,14 @@ class WaysSampler:
         "Fewest and most classes of an episode."
         return self.low, self.high
 
-    def n_way(self, i:int) -> int:
-        "The number of ways of meta-iteration `i`."
+    def ways_at(self, i:int) -> int:
+        "Classes of a task of meta-iteration `i`."
         key = int.from_bytes(hashlib.sha256(f'{self.low}|{self.high}|{self.sampler.seed}'.encode()).digest()[:8], 'little')
         return self.low + int(_below(random_bits(key, np.array([i]), 1), self.high - self.low + 1).item())
 
     def meta_batch(self, i:int, size:int) -> Episodes:
         "The tasks of meta-iteration `i`."
-        return self.sampler(n_way=self.n_way(i)).meta_batch(i, size)
+        return self.sampler(n_way=self.ways_at(i)).meta_batch(i, size)
 
     def describe(self, n:int # episodes, numbers 0 … n-1, of the least and the largest number of ways
                 ) -> str:

@@ -45,20 +45,20 @@ class Switch:
         return 1. if e < self.warm else max(0., (self.warm + self.over - e)/(self.over + 1))
 
 # %% ../nbs/13_hypermaml.ipynb #eda5e81d
+def _one_hot(ys, n_way): return ys[..., None] == torch.arange(n_way, device=ys.device)   # PyTorch's reads the labels back to check them
+
 def class_means(
     rows:Tensor,   # one a support image, (tasks, n, features)
     ys:Tensor,     # labels, (tasks, n)
     n_way:int,
 ) -> Tensor:       # (tasks, n_way, features)
-    "Mean over the support images of each class."
-    member = F.one_hot(ys, n_way).to(rows.dtype)
-    count = member.sum(1)
-    if (count == 0).any(): raise ValueError(f'class {int((count == 0).nonzero()[0, 1])} has no support image: every class of a task needs one')
-    return member.transpose(1, 2) @ rows/count[..., None]
+    "Mean over the support images of each class, which all have some."
+    member = _one_hot(ys, n_way).to(rows.dtype)
+    return member.transpose(1, 2) @ rows/member.sum(1)[..., None]
 
 LABELS = dict(
     scalar=lambda ys, n_way: ys[..., None],                 # the class's number, as the authors' code has it
-    one_hot=lambda ys, n_way: F.one_hot(ys, n_way))         # as eq. 2 of the paper reads
+    one_hot=lambda ys, n_way: _one_hot(ys, n_way))         # as eq. 2 of the paper reads
 OPINIONS = dict(softmax=lambda logits: logits.softmax(-1), logits=lambda logits: logits)
 
 # %% ../nbs/13_hypermaml.ipynb #6189fead
@@ -69,6 +69,8 @@ def _mlp(sizes, gen, scale):
         bound = (scale if i == last else 1.)/math.sqrt(a)
         theta |= {f'hyper.{i}.weight': (2*torch.rand(b, a, generator=gen) - 1)*bound, f'hyper.{i}.bias': (2*torch.rand(b, generator=gen) - 1)*bound}
     return theta
+
+def _phase(p): return 'before' if p == 1 else 'after' if p == 0 else 'within'
 
 def _add(own, delta, share): return {k: v + share*delta[k] for k, v in own.items()}
 
@@ -161,11 +163,16 @@ class HyperMAML(MAML):
             own = after({k: v - p*self.inner_lr*g for (k, v), g in zip(own.items(), grads)})
         return own
 
-    def mixture(self, theta:dict, own:dict, e:Tensor, ys:Tensor, p:float) -> list:
+    def moment(self, progress:float) -> tuple[tuple,list[float]]:
+        "Where the switch stands: before, within or after the transition, and the share p."
+        p = self.share(progress)
+        return (self.order, _phase(p)), [p]
+
+    def mixture(self, theta:dict, own:dict, e:Tensor, ys:Tensor, p:float, phase:str) -> list:
         "The heads that count at share p, each with the weight of its loss."
-        if p == 1: return [(1., self.descend(own, e, ys, 1.))]
+        if phase == 'before': return [(1., self.descend(own, e, ys, 1.))]
         delta = self.generate(theta, e, ys, own['head.weight'].shape[1])
-        if p == 0: return [(1., _add(own, delta, 1.))]
+        if phase == 'after': return [(1., _add(own, delta, 1.))]
         if self.switch.mode == 'loss_mix': return [(p, self.descend(own, e, ys, 1.)), (1 - p, _add(own, delta, 1.))]
         if self.switch.mode == 'update_mix_repeat': return [(1., self.descend(own, e, ys, p, lambda o: _add(o, delta, 1 - p)))]
         return [(1., _add(self.descend(own, e, ys, p), delta, 1 - p))]
@@ -175,6 +182,12 @@ class HyperMAML(MAML):
         theta = self.head.start(theta, n_way)
         e, stats = self.backbone(theta | self.buffers, xs)
         return theta, {k: theta[k].expand(len(xs), *theta[k].shape) for k in HEAD}, e, stats
+
+    def _check(self, xs, ys):
+        n_way = super()._check(xs, ys)
+        if not self.ways and (missing := (_one_hot(ys, n_way).sum(1) == 0).nonzero()).numel():
+            raise ValueError(f'class {int(missing[0, 1])} has no support image: every class of a task needs one')
+        return n_way
 
     def _steps(self, steps):
         if steps not in (None, 0, 1): raise ValueError(f'steps={steps}, but the hypernetwork takes one step: ask for 0 or 1')
@@ -187,19 +200,21 @@ class HyperMAML(MAML):
         stats = stats if self.backbone.norm == 'support' else {}
         yield Fast(theta | own, 0, stats)
         if not steps: return
-        with torch.enable_grad(): head = self.mixture(theta, {k: v.detach().requires_grad_() for k, v in own.items()}, e, ys, self.mixed)[-1][1]
+        with torch.enable_grad(): head = self.mixture(theta, {k: v.detach().requires_grad_() for k, v in own.items()}, e, ys, self.mixed, _phase(self.mixed))[-1][1]
         yield Fast(theta | {k: v.detach() for k, v in head.items()}, 1, stats)
 
     def meta_loss(self,
         episodes,           # an `Episodes` batch
         progress:float=0.,  # fraction of the training behind us: where the switch stands
+        numbers=None,       # those of `moment(progress)`, say as a tensor
     ) -> MetaLoss:
         "The query loss of each task, with the head that gradient steps and hypernetwork give at this point of the training."
         n_way = self._check(episodes.xs, episodes.ys)
         theta, own, e, stats = self._begin(self.theta, episodes.xs, n_way)
         q, _ = self.backbone(theta | self.buffers, episodes.xq, 0, stats if self.backbone.norm == 'support' else None)
-        loss = 0.
-        for weight, head in self.mixture(theta, own, e, episodes.ys, self.share(progress)):
+        (_, phase), share = self.moment(progress)
+        loss, share = 0., (share if numbers is None else numbers)[0]
+        for weight, head in self.mixture(theta, own, e, episodes.ys, share, phase):
             logits = task_linear(q, *(head[k] for k in HEAD))
             loss = loss + weight*task_losses(logits, episodes.yq)
         right = (logits.argmax(-1) == episodes.yq).float().mean(1)

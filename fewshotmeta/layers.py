@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'PLANS', 'NORMS', 'Plan', 'active', 'plan_for', 'keep_memory', 'channels_last', 'task_conv2d', 'task_norm',
-           'batch_stats', 'task_max_pool', 'task_linear']
+           'batch_stats', 'task_max_pool', 'task_linear', 'recomputed', 'at_once']
 
 # %% ../nbs/02_layers.ipynb #06eb788f
 import ctypes, os
@@ -332,3 +332,70 @@ def task_linear(
 ) -> Tensor:  # (tasks, n, O)
     "A linear layer whose weights may differ from task to task."
     return x @ w.transpose(-1, -2) + (b if b.dim() == 1 else b[:, None])
+
+# %% ../nbs/02_layers.ipynb #609d629c
+def _named(f, groups):
+    "`f` on a flat list of tensors, and the names of its results once it has run."
+    names, out = [list(g) for g in groups], []
+    def flat(keep, tensors):
+        it = iter(tensors)
+        with torch.enable_grad(): result = f(keep, *({k: next(it) for k in n} for n in names))
+        out[:] = result
+        return list(result.values())
+    return flat, out
+
+def _leaves(ctx, tensors): return [t.detach().requires_grad_(need) for t, need in zip(tensors, ctx.needs_input_grad[1:])]
+
+def _grad(outs, gs, leaves):
+    pairs = [(o, g) for o, g in zip(outs, gs) if g is not None and o.requires_grad]
+    wanted = [t for t in leaves if t.requires_grad]
+    found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
+    return [next(found) if t.requires_grad else None for t in leaves]
+
+def _first_order_only():
+    if torch.is_grad_enabled(): raise RuntimeError('the meta-gradient itself was to be differentiated (create_graph=True): use a plan with recompute=False, and a loss after the last step alone')
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, flat, *tensors):
+        ctx.flat, ctx.plan = flat, active(); ctx.save_for_backward(*tensors); ctx.set_materialize_grads(False)
+        return tuple(o.detach() for o in flat(False, _leaves(ctx, tensors)))
+    @staticmethod
+    def backward(ctx, *gs):
+        _first_order_only()
+        leaves = _leaves(ctx, ctx.saved_tensors)
+        return None, *_grad(ctx.plan.run(ctx.flat, True, leaves), gs, leaves)
+
+class _AtOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, flat, *tensors):
+        leaves = _leaves(ctx, tensors)
+        outs = flat(True, leaves)
+        grads = _grad(outs[:1], [torch.ones_like(outs[0])], leaves)
+        ctx.some = [g is not None for g in grads]; ctx.save_for_backward(*(g for g in grads if g is not None))
+        outs = tuple(o.detach() for o in outs); ctx.mark_non_differentiable(*outs[1:])
+        return outs
+    @staticmethod
+    def backward(ctx, g, *_):
+        _first_order_only()
+        kept = iter(ctx.saved_tensors)
+        return None, *(next(kept)*g.squeeze() if some else None for some in ctx.some)
+
+# %% ../nbs/02_layers.ipynb #e5200f1e
+def recomputed(
+    f,            # (keep, *groups) to a dict of tensors; `keep`: whether the results must be differentiable
+    *groups:dict, # name to tensor: everything with a gradient that `f` looks at
+) -> dict:        # name to tensor
+    "Call `f` and keep its inputs alone; it runs again when its gradient is due."
+    flat, names = _named(f, groups)
+    outs = _Recomputed.apply(flat, *(v for g in groups for v in g.values()))
+    return dict(zip(names, outs))
+
+def at_once(
+    f,            # (keep, *groups) to a dict of tensors; the first is a loss of one element, the others get no gradient
+    *groups:dict, # name to tensor: everything with a gradient that `f` looks at
+) -> dict:        # name to tensor
+    "Call `f` and take the gradient of its loss now, in place of the graph."
+    flat, names = _named(f, groups)
+    outs = _AtOnce.apply(flat, *(v for g in groups for v in g.values()))
+    return dict(zip(names, outs))

@@ -85,6 +85,7 @@ class MetaLoss(NamedTuple):
 # %% ../nbs/10_maml.ipynb #1045352f
 class MAML:
     "Model-Agnostic Meta-Learning (Finn et al. 2017)."
+    ways = None                 # of the tasks, where they are known without a look at the labels (see `Recorder`)
     def __init__(self,
         backbone,               # a `Conv4`, or any backbone
         n_way:int|None,         # classes of a task; none: `head` says
@@ -146,6 +147,7 @@ class MAML:
         theta = self.head.start(self.theta if order else {k: v.detach() for k, v in self.theta.items()}, n_way)
         own = {k: theta[k].expand(len(xs), *theta[k].shape) for k in self.adapted}
         scale = REDUCTIONS[self.reduction](n_way)
+        if order and active().recompute: yield from self._recomputing(own, theta, xs, ys, steps, order, seen, scale); return
         for t in range(steps + 1):
             if not order: own = {k: v.detach().requires_grad_() for k, v in own.items()}
             fast, last = Fast(theta | own, t), t == steps
@@ -156,6 +158,20 @@ class MAML:
             yield fast
             if last: return
             with torch.enable_grad(): own = self.update(own, theta, task_losses(logits, ys).sum()*scale, t, order)
+
+    def _recomputing(self, own, theta, xs, ys, steps, order, seen, scale):
+        "The same, keeping the parameters of each step instead of its activations."
+        for t in range(steps + 1):
+            row = min(t, steps - 1) if steps else 0
+            def support(keep, own, theta): return _flat(self.logits(Fast(theta | own, t), xs, row)[1])
+            def step(keep, own, theta):
+                logits, stats = self.logits(Fast(theta | own, t), xs, row)
+                return self.update(own, theta, task_losses(logits, ys).sum()*scale, t, order if keep else 0) | _flat(_detached(stats))
+            yield Fast(theta | own, t, _pairs(recomputed(support, own, theta)) if self.backbone.norm == 'support' else {})
+            if t == steps: return
+            out = recomputed(step, own, theta)
+            if seen is not None: _remember(seen, _pairs({k: v for k, v in out.items() if k not in own}))
+            own = {k: out[k] for k in own}
 
     def update(self, own, theta, loss, step, order):
         "One inner step on the adapted parameters; tasks are independent, so one gradient of the sum serves all."
@@ -191,18 +207,35 @@ class MAML:
         "Weight of the query loss after 0, 1, … inner_steps steps: MAML looks at the last alone."
         return [0.]*self.inner_steps + [1.]
 
+    def moment(self, progress:float) -> tuple[tuple,list[float]]:
+        "What of the meta-loss depends on the progress: its structure (one recorded graph each), and numbers (which may enter as a tensor)."
+        weights = self.weights(progress)
+        return (self.order_at(progress), tuple(w != 0 for w in weights)), weights
+
     def meta_loss(self,
         episodes,           # an `Episodes` batch
         progress:float=0.,  # fraction of the training behind us; MAML does not look at it
+        numbers=None,       # those of `moment(progress)`, say as a tensor
     ) -> MetaLoss:
         "The weighted query loss along adaptation, for each task, as a function of `theta`."
-        seen, loss, weights = {} if self.buffers else None, 0., self.weights(progress)
-        for fast in self.trajectory(episodes.xs, episodes.ys, order=self.order_at(progress), seen=seen):
-            if not weights[fast.steps]: continue
-            logits, _ = self.logits(fast, episodes.xq, max(fast.steps - 1, 0))
-            loss = loss + weights[fast.steps]*task_losses(logits, episodes.yq)
+        (order, counts), weights = self.moment(progress)
+        seen, loss, weights = {} if self.buffers else None, 0., weights if numbers is None else numbers
+        lean = active().recompute or sum(counts) > 1
+        for fast in self.trajectory(episodes.xs, episodes.ys, order=order, seen=seen):
+            if not counts[fast.steps]: continue
+            logits, losses = self._query(fast, episodes, lean)
+            loss = loss + weights[fast.steps]*losses
         right = (logits.argmax(-1) == episodes.yq).float().mean(1)
         return MetaLoss(loss, right.detach(), seen_stats(seen))
+
+    def _query(self, fast, episodes, lean):
+        "Logits and losses of the queries; `lean` keeps as little of them as the number of tasks allows."
+        def f(keep, params, stats):
+            logits, _ = self.logits(Fast(params, fast.steps, _pairs(stats)), episodes.xq, max(fast.steps - 1, 0))
+            return dict(loss=task_losses(logits, episodes.yq), logits=logits)
+        run = at_once if lean and len(episodes.xq) == 1 else recomputed if active().recompute else lambda f, *groups: f(True, *groups)
+        out = run(f, fast.params, _flat(fast.stats))
+        return out['logits'], out['loss']
 
     def outer_step(self, opt, n_way:int, progress:float) -> None:
         "Move `theta` along the meta-gradients that it holds, after tasks of `n_way` classes."
@@ -227,11 +260,17 @@ class MAML:
         return steps
 
     def _check(self, xs, ys):
+        "The number of ways of these tasks; a recorded graph knows it beforehand, and looks at no label."
         if xs.dim() != 5: raise ValueError(f'xs has shape {tuple(xs.shape)}: expected (tasks, n_way*k_shot, channels, height, width)')
+        if self.ways: return self.ways
         top = int(ys.max())
         if self.n_way and top >= self.n_way:
             raise ValueError(f'label {top} in ys, but the learner has n_way={self.n_way}: labels run from 0 to {self.n_way - 1}')
         return self.n_way or top + 1
+
+def _flat(stats): return {f'{k}|{j}': v for k, pair in stats.items() for j, v in enumerate(pair)}
+
+def _pairs(flat): return {k[:-2]: (v, flat[f'{k[:-2]}|1']) for k, v in flat.items() if k.endswith('|0')}
 
 def _detached(stats): return {k: tuple(v.detach() for v in pair) for k, pair in stats.items()}
 

@@ -16,6 +16,7 @@ class Reptile(MAML):
     def meta_loss(self,
         episodes,           # an `Episodes` batch
         progress:float=0.,  # not looked at
+        numbers=None,       # nor these
     ) -> MetaLoss:
         "A loss whose value is the query loss after adaptation to all images, and whose gradient is θ − θ_b."
         xs, ys = torch.cat([episodes.xs, episodes.xq], 1), torch.cat([episodes.ys, episodes.yq], 1)

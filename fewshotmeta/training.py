@@ -26,13 +26,14 @@ from .layers import *
 from .backbones import *
 from .backbones import pick
 from .maml import *
+from .capture import *
 
 # %% ../nbs/20_training.ipynb #f8b11077
 @dataclass
 class MetaGradient:
     "What one meta-batch gives."
-    loss:float        # mean query loss over tasks
-    accuracy:float    # mean query accuracy over tasks, fraction
+    loss:Tensor       # (), mean query loss over tasks, on the learner's device
+    accuracy:Tensor   # (), mean query accuracy over tasks, fraction
     grads:list        # one tensor a parameter, of the mean loss
     stats:dict        # batch statistics for norm='per_step', mean over tasks
 
@@ -45,14 +46,25 @@ def meta_gradient(
 ) -> MetaGradient:
     "Gradient of the mean meta-loss over a batch of tasks, by a plan."
     params, n = list(learner.theta.values()), len(episodes.xs)
-    plan = plan or plan_for(params[0].device)
+    plan = plan or plan_for(params[0].device, tasks=n)
+    if plan.capture: return _replayed(Recorder(learner, plan), episodes, progress, learner.n_way or int(episodes.ys.max()) + 1)
     def one(s):
         out = learner.meta_loss(episodes[s], progress)
         grads = torch.autograd.grad(out.loss.sum()/n, params, materialize_grads=True)
         return out.loss.detach().sum(), out.accuracy.sum(), grads, {k: v*(len(out.loss)/n) for k, v in out.stats.items()}
     loss, accuracy, grads, stats = zip(*plan.map(one, plan.chunks(n)))
     total = {k: sum(s[k] for s in stats) for k in stats[0]}
-    return MetaGradient(float(sum(loss)/n), float(sum(accuracy)/n), [sum(g) for g in zip(*grads)], total)
+    return MetaGradient(sum(loss)/n, sum(accuracy)/n, [sum(g) for g in zip(*grads)], total)
+
+def _replayed(recorder, episodes, progress, n_way):
+    "The same by recorded graphs, chunk by chunk."
+    n, total = len(episodes.xs), None
+    for s in recorder.plan.chunks(n):
+        loss, accuracy, grads, stats = recorder(episodes[s], progress, n_way)
+        share = (s.stop - s.start)/n
+        part = [v*share for v in (loss, accuracy, *grads, *stats.values())]      # a copy: the next replay overwrites them
+        total = part if total is None else [a + b for a, b in zip(total, part)]
+    return MetaGradient(total[0], total[1], total[2:2 + len(grads)], dict(zip(stats, total[2 + len(grads):])))
 
 # %% ../nbs/20_training.ipynb #dd4341c8
 def constant(progress:float) -> float:
@@ -216,7 +228,7 @@ def _tensors(run):
 def save_checkpoint(run:Run, folder:Path, config:dict) -> None:
     "Write `folder/checkpoint.safetensors` and `folder/metrics.csv`, each whole or not at all."
     tensors = _tensors(run)
-    head = dict(format=CHECKPOINT, config=config, iteration=run.iteration, history=run.history, pending=run.pending, seconds=run.seconds,
+    head = dict(format=CHECKPOINT, config=config, iteration=run.iteration, history=run.history, pending=[[float(v) for v in row] for row in run.pending], seconds=run.seconds,
                 kept=[k[:2] for k in run.kept], sha256=_hash(tensors))
     path = Path(folder)/'checkpoint.safetensors'
     with atomic(path) as tmp:
@@ -273,24 +285,34 @@ class _Loop:
     def __init__(self, run, train, valid, how, bar):
         self.run, self.train, self.valid, self.how, self.bar, self.mark = run, train, valid, how, bar, time.perf_counter()
         self.params, self.whole = list(run.learner.theta.values()), True
+        self.late = self.params[0].is_cuda            # a look at every iteration's loss would stop the GPU every time
+        self.finite = torch.ones(1 + len(self.params), dtype=torch.bool, device=self.params[0].device)
+        plan = how['plan'] or plan_for(self.params[0].device)
+        self.recorder = Recorder(run.learner, plan) if plan.capture else None
 
     def step(self):
         "One meta-iteration. Leaves parameters untouched if the loss is not finite."
         run, how, i = self.run, self.how, self.run.iteration
         progress = i/how['iterations']
-        episodes = self.train.meta_batch(i, how['meta_batch'])
-        g = meta_gradient(run.learner, episodes, progress, how['plan'])
-        if not math.isfinite(g.loss) or not all(v.isfinite().all() for v in g.grads):
-            what = f'loss is {g.loss}' if not math.isfinite(g.loss) else 'gradient is not finite'
-            raise FloatingPointError(f'iteration {i}: the {what}. The last checkpoint is kept as it is; lower meta_lr={how["meta_lr"]} or inner_lr, or clip, in a new folder')
+        episodes, n_way = self.train.meta_batch(i, how['meta_batch']), self.train.ways_at(i)
+        g = _replayed(self.recorder, episodes, progress, n_way) if self.recorder else meta_gradient(run.learner, episodes, progress, how['plan'])
+        self.finite = self.finite & torch.stack([v.isfinite().all() for v in (g.loss, *g.grads)])
+        if not self.late: self.check()
         grads = [v*how['total'] for v in g.grads] if how['total'] != 1 else g.grads
         if how['clip']: grads = how['clip'](grads)
         for p, v in zip(self.params, grads): p.grad = v
         for group in run.opt.param_groups: group['lr'] = how['meta_lr']*how['schedule'](progress)
-        run.learner.outer_step(run.opt, int(episodes.ys.max()) + 1, progress)
+        run.learner.outer_step(run.opt, n_way, progress)
         for k, v in g.stats.items(): run.learner.buffers[k] = torch.lerp(run.learner.buffers[k], v, how['momentum'])
         run.iteration += 1
         run.pending.append((g.loss, g.accuracy))
+
+    def check(self):
+        "Raise if a loss or gradient was not finite: on a CPU before the parameters move, on a GPU before anything is written."
+        if self.finite.all(): return
+        what = 'loss' if not self.finite[0] else 'gradient'
+        raise FloatingPointError(f'iteration {self.run.iteration}{" or before" if self.late else ""}: the {what} is not finite. The last checkpoint is kept as it is; '
+                                 f'lower meta_lr={self.how["meta_lr"]} or inner_lr, or clip, in a new folder')
 
     def clock(self):
         "Add the time since the last call to the run's."
@@ -300,7 +322,8 @@ class _Loop:
     def log(self):
         "A row of the metrics: means since the last one."
         self.clock()
-        loss, accuracy = (sum(c)/len(c) for c in zip(*self.run.pending))
+        self.check()
+        loss, accuracy = (sum(map(float, c))/len(c) for c in zip(*self.run.pending))
         self.run.pending = []
         lr = self.run.opt.param_groups[0]['lr']
         self.run.history.append(dict(iteration=self.run.iteration, loss=loss, accuracy=accuracy, lr=lr, seconds=round(self.run.seconds, 2), val_accuracy=None))
@@ -398,10 +421,10 @@ def _train(loop, checkpoint, config, valid_every, save_every, log_every):
                 if validate: loop.validate()
                 if at(log_every): loop.show()
                 loop.whole = True
-                if checkpoint and at(save_every): save_checkpoint(run, checkpoint, config)
+                if checkpoint and at(save_every): loop.check(); save_checkpoint(run, checkpoint, config)
     except KeyboardInterrupt:
         loop.clock()
-        if checkpoint and loop.whole: save_checkpoint(run, checkpoint, config)
+        if checkpoint and loop.whole: loop.check(); save_checkpoint(run, checkpoint, config)
         raise
 
 def _selected(run, keep):

@@ -94,10 +94,10 @@ def test_one_model_every_number_of_ways(noise_bank):
 
 def test_ways_are_drawn_per_meta_batch(noise_bank):
     s = WaysSampler(EpisodeSampler(noise_bank, 5, 1, 3, seed=4), 2, 6)
-    seen = [s.n_way(i) for i in range(400)]
-    assert set(seen) == {2, 3, 4, 5, 6} and min(seen.count(n) for n in set(seen)) > 50 and seen == [s.n_way(i) for i in range(400)]
+    seen = [s.ways_at(i) for i in range(400)]
+    assert set(seen) == {2, 3, 4, 5, 6} and min(seen.count(n) for n in set(seen)) > 50 and seen == [s.ways_at(i) for i in range(400)]
     assert int(s.meta_batch(7, 3).ys.max()) + 1 == seen[7] and len(s.meta_batch(7, 3).xs) == 3
-    assert seen != [WaysSampler(s.sampler(seed=5), 2, 6).n_way(i) for i in range(400)]
+    assert seen != [WaysSampler(s.sampler(seed=5), 2, 6).ways_at(i) for i in range(400)]
 
 @pytest.mark.parametrize('method', [MAML, mamlpp])
 def test_resumes_to_the_same_bytes(noise_bank, tmp_path, stopped, method):

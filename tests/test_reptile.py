@@ -18,7 +18,7 @@ def test_the_gradient_is_the_way_back(plan):
     m, ep = tiny(), noise(tasks=3)
     fast, g = m.adapt(*everything_of(ep)), meta_gradient(m, ep, plan=plan_for('cpu', plan))
     for k, v in zip(m.theta, g.grads): assert torch.allclose(v, m.theta[k] - fast.params[k].mean(0) if k in m.adapted else torch.zeros_like(v), atol=1e-10), k
-    assert g.loss == pytest.approx(task_losses(m.predict(fast, ep.xq), ep.yq).mean().item())
+    assert g.loss.item() == pytest.approx(task_losses(m.predict(fast, ep.xq), ep.yq).mean().item())
 
 def test_with_the_master_neuron():
     m, ep = tiny(lambda b, n, **kw: hidra(b, 4, 'tied_gradient', Reptile, **kw)), noise()
