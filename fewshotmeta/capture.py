@@ -55,7 +55,7 @@ class Recorded:
         for mine, v in zip(self.varying, varying, strict=True):
             if mine.shape != v.shape: raise ValueError(f'recorded for a tensor of shape {tuple(mine.shape)}, called with {tuple(v.shape)}: record another one')
             mine.copy_(v)
-        return self.run()
+        with torch.no_grad(): return self.run()       # derivatives are among the recorded operations
 
 # %% ../nbs/19_capture.ipynb #ca6d5398
 class Recorder:

@@ -34,6 +34,7 @@ class Plan:
     def __post_init__(self):
         for k, choices in CHOICES.items():
             if getattr(self, k) not in choices: raise ValueError(f'{k}={getattr(self, k)!r}: choose one of {", ".join(map(repr, choices))}')
+        if self.capture and self.kernels == 'fused': raise ValueError("kernels='fused' are C, which nothing can record: use kernels='torch' with capture")
     def chunks(self, n:int # tasks
               ) -> list[slice]: # consecutive slices that cover range(n)
         "The slices in which `n` tasks are run."

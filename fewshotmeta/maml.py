@@ -163,8 +163,8 @@ class MAML:
         "The same, keeping the parameters of each step instead of its activations."
         for t in range(steps + 1):
             row = min(t, steps - 1) if steps else 0
-            def support(keep, own, theta): return _flat(self.logits(Fast(theta | own, t), xs, row)[1])
-            def step(keep, own, theta):
+            def support(keep, own, theta, t=t, row=row): return _flat(self.logits(Fast(theta | own, t), xs, row)[1])
+            def step(keep, own, theta, t=t, row=row):       # bound now: it runs again when the loop is over
                 logits, stats = self.logits(Fast(theta | own, t), xs, row)
                 return self.update(own, theta, task_losses(logits, ys).sum()*scale, t, order if keep else 0) | _flat(_detached(stats))
             yield Fast(theta | own, t, _pairs(recomputed(support, own, theta)) if self.backbone.norm == 'support' else {})
