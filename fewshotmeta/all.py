@@ -20,6 +20,7 @@ from .reptile import *
 from .capture import *
 from .training import *
 from .evaluation import *
+from .timing import *
 from .runs import *
 
 # %% ../nbs/99_all.ipynb #7990783e

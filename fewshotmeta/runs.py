@@ -17,6 +17,7 @@ import torch
 import fewshotmeta
 from .data import *
 from .evaluation import *
+from .timing import *
 
 # %% ../nbs/30_runs.ipynb #ea6f4418
 class BadParameters(ValueError):
@@ -275,6 +276,13 @@ def _myself():
     "The command that the user can type again."
     return 'fewshotmeta' if shutil.which('fewshotmeta') else os.path.relpath(sys.argv[0])
 
+def _cmd_bench(a):
+    check_size('rounds', a.rounds, 1)
+    if a.device == 'cuda' and not torch.cuda.is_available(): raise ValueError('device=cuda, but PyTorch sees no GPU: use --device cpu')
+    result = bench(a.cases, a.rounds, not a.no_memory, not a.no_curves, a.quick, a.device, lambda line: print(line, flush=True)) | dict(provenance=provenance(a.device == 'cuda'))
+    save_bench(result, a.out)
+    print(f'\n{show_targets(result)}\n\n{os.path.relpath(a.out)}/bench.json and bench.png')
+
 def _cmd_data(a):
     if a.get: _get(a.get, a.root)
     print(f'data root: {data_root(a.root)}   (--root, or FEWSHOTMETA_DATA)\ncache:     {cache_folder()}   (FEWSHOTMETA_CACHE)\n')
@@ -298,6 +306,10 @@ def main(
     run.add_argument('--force', action='store_true', help='run again what is finished, from the start'); run.set_defaults(f=_cmd_run)
     data = sub.add_parser('data', help='which data sets are there, and how to get those that are not')
     data.add_argument('--root'); data.add_argument('--get', metavar='NAME'); data.set_defaults(f=_cmd_data)
+    bench = sub.add_parser('bench', help='time our plans and other implementations side by side')
+    bench.add_argument('--out', default='runs/speed/cpu', help='folder for bench.json and bench.png'); bench.add_argument('--cases', default='*', metavar='PATTERN')
+    bench.add_argument('--rounds', type=int, default=7); bench.add_argument('--device', default='cpu'); bench.add_argument('--no-memory', action='store_true')
+    bench.add_argument('--no-curves', action='store_true'); bench.add_argument('--quick', action='store_true', help='only see whether it runs'); bench.set_defaults(f=_cmd_bench)
     a = top.parse_args(argv)
     try: a.f(a); return 0
     except (BadParameters, DataMissing, BadImage, ValueError) as e: print(f'fewshotmeta: {e}', file=sys.stderr); return 2
