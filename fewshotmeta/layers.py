@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ class Plan:
     chunk:int|None=None      # tasks a call; none: all at once
     workers:int=0            # threads that take a chunk each, with one arithmetic thread
     kernels:str='torch'      # norm, pool and activation: PyTorch's, or 'fused' in C (one task a chunk, CPU)
-    conv:str='grouped'       # convolution with weights per task: 'grouped', or 'im2col' and a batched matrix product
+    conv:str='grouped'       # many tasks: 'grouped', or 'im2col' and a batched matrix product; one, with kernels='fused': 'winograd'
     capture:str=''           # record the meta-iteration and replay it: 'graph' (CUDA graph), 'inductor'; '': run it
     precision:str='float32'  # of the convolutions: 'float32', 'tf32' (GPU), 'bf16'
     recompute:bool=False     # keep only the parameters of each inner step and compute it again when its gradient is due
@@ -54,7 +55,7 @@ class Plan:
             with _float32_means(self.precision): return f(*args)
         finally: _active.reset(token)
 
-CHOICES = dict(kernels=('torch', 'fused'), conv=('grouped', 'im2col'), capture=('', 'graph', 'inductor'), precision=('float32', 'tf32', 'bf16'))
+CHOICES = dict(kernels=('torch', 'fused'), conv=('grouped', 'im2col', 'winograd'), capture=('', 'graph', 'inductor'), precision=('float32', 'tf32', 'bf16'))
 
 @lru_cache
 def _workers(n): return ThreadPoolExecutor(n, 'task', initializer=lambda: torch.set_num_threads(1))
@@ -70,15 +71,15 @@ def _float32_means(precision):
     finally:
         for f, b in zip(flags, before): f.allow_tf32 = b
 
-_active = ContextVar('plan', default=Plan('none', kernels='fused'))
+_active = ContextVar('plan', default=Plan('none', kernels='fused', conv='winograd'))
 def active() -> Plan:
     "The plan that the layers go by now."
     return _active.get()
 
 # %% ../nbs/02_layers.ipynb #9c228069
 PLANS = dict(
-    threads  = lambda: Plan('threads', chunk=1, workers=int(os.environ.get('FEWSHOTMETA_WORKERS', _cores())), kernels='fused'),
-    loop     = lambda: Plan('loop', chunk=1, kernels='fused'),
+    threads  = lambda: Plan('threads', chunk=1, workers=int(os.environ.get('FEWSHOTMETA_WORKERS', _cores())), kernels='fused', conv='winograd'),
+    loop     = lambda: Plan('loop', chunk=1, kernels='fused', conv='winograd'),
     plain    = lambda: Plan('plain', chunk=1),
     batched  = lambda: Plan('batched'),
     im2col   = lambda: Plan('im2col', conv='im2col'),
@@ -131,30 +132,33 @@ def channels_last(
     return x.reshape(n, h, w, 1).permute(0, 3, 1, 2)
 
 # %% ../nbs/02_layers.ipynb #9806d024
-def _conv_backward(gy, x, w, how, which):
-    stride, padding, groups, low = how
-    if low: gy, x, w = (t.to(low) for t in (gy, x, w))
-    g = torch.ops.aten.convolution_backward(gy, x, w, None, (stride,)*2, (padding,)*2, (1, 1), False, (0, 0),
-                                            groups, [which == 'x', which == 'w', False])[which == 'w']
-    return g.float() if low else g
+class _Direct(NamedTuple):
+    "The three maps as PyTorch has them."
+    stride:int; padding:int; groups:int
+    low:torch.dtype|None        # the type to convolve in, where it is not that of the inputs
+    def forward(self, x, w):
+        if self.low: x, w = x.to(self.low), w.to(self.low)
+        y = F.conv2d(x, w, None, self.stride, self.padding, 1, self.groups)
+        return y.float() if self.low else y
+    def _backward(self, gy, x, w, which):
+        if self.low: gy, x, w = (t.to(self.low) for t in (gy, x, w))
+        g = torch.ops.aten.convolution_backward(gy, x, w, None, (self.stride,)*2, (self.padding,)*2, (1, 1), False, (0, 0),
+                                                self.groups, [which == 0, which == 1, False])[which]
+        return g.float() if self.low else g
+    def to_input(self, gy, x, w): return self._backward(gy, x, w, 0)
+    def to_weight(self, gy, x, w): return self._backward(gy, x, w, 1)
 
-def _conv_forward(x, w, how):
-    stride, padding, groups, low = how
-    if low: return F.conv2d(x.to(low), w.to(low), None, stride, padding, 1, groups).float()
-    return F.conv2d(x, w, None, stride, padding, 1, groups)
+def _direct(stride, padding, groups, dtype):
+    return _Direct(stride, padding, groups, torch.bfloat16 if active().precision == 'bf16' and dtype == torch.float32 else None)
 
 def _conv(x, w, how): return _Conv.apply(channels_last(x), channels_last(w), how)
-
-def _how(stride, padding, groups, dtype):
-    "The last one is the type that convolutions work in, where it is not that of their inputs."
-    return stride, padding, groups, torch.bfloat16 if active().precision == 'bf16' and dtype == torch.float32 else None
 
 class _Conv(torch.autograd.Function):
     "y = x * w."
     @staticmethod
     def forward(ctx, x, w, how):
         ctx.save_for_backward(x, w); ctx.how = how
-        return _conv_forward(x, w, how)
+        return how.forward(x, w)
     @staticmethod
     def backward(ctx, gy):
         x, w = ctx.saved_tensors
@@ -167,7 +171,7 @@ class _ConvToInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gy, x, w, how):
         ctx.save_for_backward(gy, w); ctx.how = how
-        return _conv_backward(gy, x, w, how, 'x')
+        return how.to_input(gy, x, w)
     @staticmethod
     def backward(ctx, u):
         gy, w = ctx.saved_tensors
@@ -180,7 +184,7 @@ class _ConvToWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gy, x, w, how):
         ctx.save_for_backward(gy, x); ctx.how = how
-        return _conv_backward(gy, x, w, how, 'w')
+        return how.to_weight(gy, x, w)
     @staticmethod
     def backward(ctx, v):
         gy, x = ctx.saved_tensors
@@ -207,7 +211,7 @@ def task_conv2d(
     "Convolve each task's images with its weights. Differentiable any number of times."
     tasks, n = x.shape[:2]
     if w.dim() == 5 and len(w) not in (1, tasks): raise ValueError(f'weights of {len(w)} tasks for activations of {tasks}')
-    how = lambda groups: _how(stride, padding, groups, x.dtype)
+    how = lambda groups: _direct(stride, padding, groups, x.dtype)
     if w.dim() == 4 or len(w) == 1:
         y = _conv(x.flatten(0, 1), w if w.dim() == 4 else w.squeeze(0), how(1)).unflatten(0, (tasks, n))
     elif active().conv == 'im2col': y = _im2col_conv(x, w, stride, padding)
