@@ -6,7 +6,7 @@
 __all__ = ['library', 'fusable', 'fused_block']
 
 # %% ../nbs/02a_kernels.ipynb #e1009498
-import ctypes, hashlib, os, platform, shutil, subprocess, threading, warnings
+import ctypes, hashlib, os, platform, re, shlex, shutil, subprocess, tempfile, threading, warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .data import *
 from .layers import *
-from .layers import _conv, _direct
+from .layers import CHOICES, _conv, _direct
 
 # %% ../nbs/02a_kernels.ipynb #7bcb2bc2
 _PRELUDE = r"""
@@ -50,7 +50,7 @@ inl V slope(V a, V leak) { return sel(a > 0, all(1), leak); }
 
 # %% ../nbs/02a_kernels.ipynb #025792ff
 _MOMENTS = r"""
-/* ---- mean and biased variance of each channel, about the first pixel, so that nothing cancels */
+/* ---- mean and biased variance of each channel, about the first pixel: sums of values that are far from zero would cancel */
 inl void moments_(const int B, Z c, const T *y, Z rows, Z C, double *s, double *q) {
     V k[4], a[4], b[4];
     FOR(v, B) { k[v] = ld(y + c + v*L); a[v] = b[v] = all(0); }
@@ -187,11 +187,11 @@ void norm_twice(const T *u, const T *v, const T *w, const T *gz, const T *y, con
     if (pool) { GROUPS(usums_, 4, u, gz, y, p, k, N, H, W, C, aff, leak, s, s + C, s + 2*C) }
     else      { GROUPS(usums_, 1, u, gz, y, p, k, N, H, W, C, aff, leak, s, s + C, s + 2*C) }
     for (Z c = 0; c < C; c++) {
-        double mean = aff[c], r = aff[C+c], g = gamma[c], a = sums[c]/m, b = sums[C+c]/m, ubar = s[c]/m, pu = s[C+c]*r/m, vr = v ? v[c]*r : 0;
+        double mean = aff[c], r = aff[C+c], g = gamma[c], a = sums[c]/m, b = sums[C+c]/m, ubar = s[c]/m, pu = s[C+c]*r/m, vr = v[c]*r;
         double q = s[2*C+c]/m - a*ubar - b*pu, on_g = vr - g*r*r*pu, on_u = -g*r*r*b, on_x = -g*r*r*q - on_g*b - on_u*pu;
         to_gamma[c] = m*r*q;
         co[c] = -on_x*r*mean - on_g*a - on_u*ubar; co[C+c] = on_x*r; co[2*C+c] = on_u; co[3*C+c] = on_g;
-        co[5*C+c] = vr - g*r*r*pu; co[4*C+c] = (w ? w[c] : 0) - vr*mean - g*r*ubar + g*r*r*pu*mean;
+        co[5*C+c] = vr - g*r*r*pu; co[4*C+c] = w[c] - vr*mean - g*r*ubar + g*r*r*pu*mean;
     }
     if (pool) { GROUPS(twice_, 4, u, gz, y, p, k, N, H, W, C, aff, leak, co, to_gz, to_y) }
     else      { GROUPS(twice_, 1, u, gz, y, p, k, N, H, W, C, aff, leak, co, to_gz, to_y) }
@@ -202,13 +202,13 @@ void norm_twice(const T *u, const T *v, const T *w, const T *gz, const T *y, con
 # %% ../nbs/02a_kernels.ipynb #f9ad1941
 _PATCHES = r"""
 /* ---- the first layer: few input channels D, 3×3, padding 1, stride S; weights (9·D, C), taps in the order (row, column, channel) */
-static T *padded(const T *x, Z H, Z W, Z D) { T *q = calloc((H + 2)*(W + 2)*D, sizeof(T)); return q; }
+static T *padded(Z H, Z W, Z D) { return calloc((H + 2)*(W + 2)*D, sizeof(T)); }
 static void pad(T *q, const T *x, Z H, Z W, Z D) { for (Z i = 0; i < H; i++) memcpy(q + ((i + 1)*(W + 2) + 1)*D, x + i*W*D, W*D*sizeof(T)); }
 
 /* sums over all patches: of the taps, (9·D), and of their products, (9·D, 9·D), as doubles */
 void patch_moments(const T *x, Z N, Z H, Z W, Z D, Z S, double *sum, double *prod) {
     Z P = 9*D, h = (H - 1)/S + 1, w = (W - 1)/S + 1, wl = (w + L - 1)/L*L;
-    T *rows = calloc(P*wl, sizeof(T)), *q = padded(x, H, W, D), *acc = calloc((P + P*P)*L, sizeof(T));
+    T *rows = calloc(P*wl, sizeof(T)), *q = padded(H, W, D), *acc = calloc((P + P*P)*L, sizeof(T));
     for (Z n = 0; n < N; n++) {
         pad(q, x + n*H*W*D, H, W, D);
         for (Z i = 0; i < h; i++) {
@@ -241,7 +241,7 @@ _FIRST = r"""
 
 /* z = act(max over K of (w·patch + b)) */
 inl void first_forward_(const int D, const int K, const T *x, Z N, Z H, Z W, Z C, Z S, const T *w, const T *b, T leak, T *z, uint8_t *k) {
-    const int s = K == 4 ? 2 : 1; Z ho = ((H - 1)/S + 1)/s, wo = ((W - 1)/S + 1)/s, ws = (W + 2)*D; V lk = all(leak); T *q = padded(x, H, W, D);
+    const int s = K == 4 ? 2 : 1; Z ho = ((H - 1)/S + 1)/s, wo = ((W - 1)/S + 1)/s, ws = (W + 2)*D; V lk = all(leak); T *q = padded(H, W, D);
     for (Z n = 0; n < N; n++) {
         pad(q, x + n*H*W*D, H, W, D);
         for (Z c = 0; c < C; c += L) {
@@ -265,7 +265,7 @@ inl void first_forward_(const int D, const int K, const T *x, Z N, Z H, Z W, Z C
 _FIRST_WEIGHT = r"""
 /* gradients of w, (9·D, C), and b, (C), as sums over the chosen patches */
 inl void first_weight_(const int D, const int K, const T *gz, const T *z, const uint8_t *k, const T *x, Z N, Z H, Z W, Z C, Z S, T leak, double *gw, double *gb) {
-    const int s = K == 4 ? 2 : 1; Z ho = ((H - 1)/S + 1)/s, wo = ((W - 1)/S + 1)/s, ws = (W + 2)*D; V lk = all(leak); T *q = padded(x, H, W, D);
+    const int s = K == 4 ? 2 : 1; Z ho = ((H - 1)/S + 1)/s, wo = ((W - 1)/S + 1)/s, ws = (W + 2)*D; V lk = all(leak); T *q = padded(H, W, D);
     for (Z n = 0; n < N; n++) {
         pad(q, x + n*H*W*D, H, W, D);
         for (Z c = 0; c < C; c += L) {
@@ -289,7 +289,7 @@ inl void first_weight_(const int D, const int K, const T *gz, const T *z, const 
 _FIRST_AT = r"""
 /* the adjoint: to_gz = act'·(w·patch + b at the chosen) */
 inl void first_at_(const int D, const int K, const T *z, const uint8_t *k, const T *x, Z N, Z H, Z W, Z C, Z S, const T *w, const T *b, T leak, T *to) {
-    const int s = K == 4 ? 2 : 1; Z ho = ((H - 1)/S + 1)/s, wo = ((W - 1)/S + 1)/s, ws = (W + 2)*D; V lk = all(leak); T *q = padded(x, H, W, D);
+    const int s = K == 4 ? 2 : 1; Z ho = ((H - 1)/S + 1)/s, wo = ((W - 1)/S + 1)/s, ws = (W + 2)*D; V lk = all(leak); T *q = padded(H, W, D);
     for (Z n = 0; n < N; n++) {
         pad(q, x + n*H*W*D, H, W, D);
         for (Z c = 0; c < C; c += L) {
@@ -436,10 +436,12 @@ def _processor():
 
 def _compile(cc, dtype, path):
     real, integer = _TYPES[dtype]
-    with atomic(path) as tmp:
-        source = tmp.with_suffix('.c'); source.write_text(_SOURCE)
-        try: subprocess.run([cc, *_CFLAGS, f'-DT={real}', f'-DI={integer}', str(source), '-o', str(tmp), '-lm'], check=True, capture_output=True, text=True)
-        finally: source.unlink()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:       # of its own: containers that share a cache may share process numbers
+        source, built = Path(folder)/'kernels.c', Path(folder)/'kernels.so'
+        source.write_text(_SOURCE)
+        subprocess.run([*cc, *_CFLAGS, f'-DT={real}', f'-DI={integer}', str(source), '-o', str(built), '-lm'], check=True, capture_output=True, text=True)
+        os.replace(built, path)
 
 _lock = threading.Lock()       # the first task on each worker thread asks at the same moment
 
@@ -450,24 +452,32 @@ def library(
     "The compiled kernels for a type."
     with _lock: return _library(dtype)
 
+_C = {'*': ctypes.c_void_p, 'Z': ctypes.c_longlong, 'double': ctypes.c_double}
+
+def _typed(lib):
+    "Tell ctypes the arguments of each function, as the source has them."
+    for name, args in re.findall(r'^void (\w+)\(([^)]*)\)', _SOURCE, re.M):
+        getattr(lib, name).argtypes = [_C['*' if '*' in a else a.split()[0]] for a in args.split(',')]
+    return lib
+
 @lru_cache
 def _library(dtype):
-    cc = shutil.which(os.environ.get('CC', 'cc'))
-    if dtype not in _TYPES or os.environ.get('FEWSHOTMETA_KERNELS') == 'torch' or not cc: return None
-    key = '|'.join([_SOURCE, *_CFLAGS, str(dtype), cc, str(os.stat(cc).st_mtime), platform.machine(), _processor()])
+    wish, cc = os.environ.get('FEWSHOTMETA_KERNELS', 'fused'), shlex.split(os.environ.get('CC') or 'cc')
+    if wish not in CHOICES['kernels']: raise ValueError(f'FEWSHOTMETA_KERNELS={wish}: choose one of {", ".join(CHOICES["kernels"])}')
+    if dtype not in _TYPES or wish == 'torch': return None
+    if not (program := shutil.which(cc[0])):
+        warnings.warn(f'no C compiler {cc[0]!r}: PyTorch\'s operations serve instead of the fused kernels, slower (CC names a compiler; FEWSHOTMETA_KERNELS=torch is silent)'); return None
+    key = '|'.join([_SOURCE, *_CFLAGS, str(dtype), *cc, program, str(os.stat(program).st_mtime), platform.machine(), _processor()])
     path = cache_folder()/'kernels'/f'{hashlib.sha256(key.encode()).hexdigest()[:16]}.so'
     try:
         if not path.exists(): _compile(cc, dtype, path)
-        return ctypes.CDLL(str(path))
+        return _typed(ctypes.CDLL(str(path)))
     except (OSError, subprocess.CalledProcessError) as e:
         warnings.warn(f'the fused kernels could not be compiled, PyTorch\'s operations serve instead: {getattr(e, "stderr", None) or e}')
 
 # %% ../nbs/02a_kernels.ipynb #02322a90
-def _plain(a):
-    if isinstance(a, Tensor): return ctypes.c_void_p(a.data_ptr())
-    return ctypes.c_void_p() if a is None else ctypes.c_double(a) if isinstance(a, float) else ctypes.c_longlong(a)
-
-def _call(name, dtype, *args): getattr(library(dtype), name)(*map(_plain, args))
+def _call(name, dtype, *args):
+    getattr(_library(dtype), name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in args))
 
 def _images(like, n, c, h, w, dtype=None):
     "Uninitialised images (n, c, h, w), channels-last."
@@ -492,10 +502,13 @@ class _Winograd(NamedTuple):
         _call('wino_weight', x.dtype, x, gy, n, h, width, c, o, gw)
         return channels_last(gw.permute(3, 2, 0, 1))
 
+@lru_cache
+def _wide(): return 'avx512f' in _processor()     # its 32 registers of 64 bytes hold the matrix product's sums; elsewhere it is not known to pay
+
 def _filters(x, w, stride):
     "The convolution of a block: Winograd's where the plan says so and it pays, else PyTorch's."
     plan, vector = active(), 64//x.element_size()
-    pays = stride == 1 and min(x.shape[2:]) >= 5 and x.shape[1] % vector == len(w) % vector == 0
+    pays = _wide() and stride == 1 and min(x.shape[2:]) >= 5 and x.shape[1] % vector == len(w) % vector == 0
     return _conv(x, w, _Winograd() if plan.conv == 'winograd' and plan.precision == 'float32' and pays else _direct(stride, 1, 1, x.dtype))
 
 # %% ../nbs/02a_kernels.ipynb #e51ed84c
@@ -506,7 +519,7 @@ class _NormPool(torch.autograd.Function):
     "act(max over 2×2 of norm(y)) of (n, C, H, W) by the batch's own statistics; returns z and aff."
     @staticmethod
     def forward(ctx, y, gamma, beta, eps, leak, pool):
-        n, c, h, w = y.shape
+        y, (n, c, h, w) = channels_last(y), y.shape
         shape = (n, c, h//2, w//2) if pool else y.shape
         z, aff = _images(y, *shape), y.new_empty(4, c)
         p, k = (_images(y, *shape), _images(y, *shape, torch.uint8)) if pool else (y, None)
@@ -597,7 +610,17 @@ def fusable(
     filters:int, # output channels of the block
 ) -> bool:
     "Whether `fused_block` can run a block."
-    return len(x) == 1 and active().kernels == 'fused' and x.device.type == 'cpu' and filters*x.element_size() % 64 == 0 and bool(library(x.dtype))
+    return len(x) == 1 and x.numel() > 0 and active().kernels == 'fused' and x.device.type == 'cpu' and filters*x.element_size() % 64 == 0 and bool(library(x.dtype))
+
+def _fits(x, w, gamma, beta):
+    "The C reads where it is told to: what does not fit is refused here."
+    o, c = w.shape[-4], x.shape[2]
+    if w.dim() == 5 and len(w) != len(x): raise ValueError(f'weights of {len(w)} tasks for activations of {len(x)}')
+    if w.shape[-3:] != (c, 3, 3): raise ValueError(f'weights of shape {tuple(w.shape[-4:])} for activations of {c} channels: expected ({o}, {c}, 3, 3)')
+    for name, p in dict(weight=w, gamma=gamma, beta=beta).items():
+        if p is None: continue
+        if p.dtype != x.dtype or p.device != x.device: raise ValueError(f'{name} is {p.dtype} on {p.device}, the activations {x.dtype} on {x.device}: make them alike')
+        if p is not w and p.numel() != o: raise ValueError(f'{name} has {p.numel()} values for {o} filters')
 
 def fused_block(
     x:Tensor,            # activations of one task, (1, n, C, H, W)
@@ -610,6 +633,7 @@ def fused_block(
     pool:bool=True,      # 2×2 max pooling
 ) -> tuple[Tensor,tuple[Tensor,Tensor]]: # (1, n, O, H', W'), and mean and variance that were used, (1, O)
     "Convolution, norm by the batch's own statistics, pooling and activation. Twice differentiable."
+    _fits(x, w, gamma, beta)
     x, w, beta = channels_last(x.flatten(0, 1)), w.flatten(0, -4), beta.flatten()
     gamma = x.new_ones(len(w)) if gamma is None else gamma.flatten()
     if x.shape[1] in (1, 3) and not x.requires_grad:

@@ -36,6 +36,7 @@ class Plan:
         for k, choices in CHOICES.items():
             if getattr(self, k) not in choices: raise ValueError(f'{k}={getattr(self, k)!r}: choose one of {", ".join(map(repr, choices))}')
         if self.capture and self.kernels == 'fused': raise ValueError("kernels='fused' are C, which nothing can record: use kernels='torch' with capture")
+        if self.chunk is not None and self.chunk < 1: raise ValueError(f'chunk={self.chunk}: at least one task a call, or None for all at once')
     def chunks(self, n:int # tasks
               ) -> list[slice]: # consecutive slices that cover range(n)
         "The slices in which `n` tasks are run."
@@ -52,6 +53,7 @@ class Plan:
         "Call `f`; the layers in it go by this plan."
         token = _active.set(self)
         try:
+            if self.workers: return f(*args)          # a CPU's plan: the flags below are the whole process's
             with _float32_means(self.precision): return f(*args)
         finally: _active.reset(token)
 
@@ -129,7 +131,7 @@ def channels_last(
     "Lay `x` out channels-last."
     n, c, h, w = x.shape
     if c > 1: return x.contiguous(memory_format=torch.channels_last)
-    return x.reshape(n, h, w, 1).permute(0, 3, 1, 2)
+    return x.contiguous().reshape(n, h, w, 1).permute(0, 3, 1, 2)    # a view of a rotated or cut image keeps its strides otherwise
 
 # %% ../nbs/02_layers.ipynb #9806d024
 class _Direct(NamedTuple):

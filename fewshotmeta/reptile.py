@@ -13,6 +13,10 @@ from .maml import *
 # %% ../nbs/14_reptile.ipynb #78f2084e
 class Reptile(MAML):
     "Reptile (Nichol et al. 2018; HIDRA, eq. 2.3): the meta-gradient is the start minus where plain descent on all images ends."
+    def moment(self, progress:float) -> tuple[tuple,list[float]]:
+        "Nothing of it depends on the progress."
+        return (), []
+
     def meta_loss(self,
         episodes,           # an `Episodes` batch
         progress:float=0.,  # not looked at

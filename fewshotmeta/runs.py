@@ -278,10 +278,12 @@ def _myself():
 
 def _cmd_bench(a):
     check_size('rounds', a.rounds, 1)
+    if not a.out and (a.quick or a.cases != '*' or a.no_memory or a.no_curves): raise ValueError('a part of the bench does not replace the whole one: say where it goes with --out FOLDER')
     if a.device == 'cuda' and not torch.cuda.is_available(): raise ValueError('device=cuda, but PyTorch sees no GPU: use --device cpu')
     result = bench(a.cases, a.rounds, not a.no_memory, not a.no_curves, a.quick, a.device, lambda line: print(line, flush=True)) | dict(provenance=provenance(a.device == 'cuda'))
-    save_bench(result, a.out)
-    print(f'\n{show_targets(result)}\n\n{os.path.relpath(a.out)}/bench.json and bench.png')
+    out = a.out or f'runs/speed/{torch.device(a.device).type}'
+    save_bench(result, out)
+    print(f'\n{show_targets(result)}\n\n{os.path.relpath(out)}/bench.json and bench.png')
 
 def _cmd_data(a):
     if a.get: _get(a.get, a.root)
@@ -307,7 +309,7 @@ def main(
     data = sub.add_parser('data', help='which data sets are there, and how to get those that are not')
     data.add_argument('--root'); data.add_argument('--get', metavar='NAME'); data.set_defaults(f=_cmd_data)
     bench = sub.add_parser('bench', help='time our plans and other implementations side by side')
-    bench.add_argument('--out', default='runs/speed/cpu', help='folder for bench.json and bench.png'); bench.add_argument('--cases', default='*', metavar='PATTERN')
+    bench.add_argument('--out', help='folder for bench.json and bench.png; default: runs/speed/cpu or cuda, for the whole bench'); bench.add_argument('--cases', default='*', metavar='PATTERN')
     bench.add_argument('--rounds', type=int, default=7); bench.add_argument('--device', default='cpu'); bench.add_argument('--no-memory', action='store_true')
     bench.add_argument('--no-curves', action='store_true'); bench.add_argument('--quick', action='store_true', help='only see whether it runs'); bench.set_defaults(f=_cmd_bench)
     a = top.parse_args(argv)

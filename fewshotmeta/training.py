@@ -8,7 +8,7 @@ __all__ = ['SCHEDULES', 'OPTIMIZERS', 'CHECKPOINT', 'MetaGradient', 'meta_gradie
            'read_checkpoint', 'load_checkpoint', 'describe', 'fit']
 
 # %% ../nbs/20_training.ipynb #ff723518
-import hashlib, json, math, signal, sys, threading, time
+import hashlib, json, math, signal, sys, threading, time, warnings
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +88,7 @@ class MultiStep:
 
 SCHEDULES = dict(constant=constant, cosine=Cosine(), multi_step=MultiStep(), multi_step_emnist=MultiStep((51/2048, 550/2048)))
 
-OPTIMIZERS = dict(adam=lambda params, lr, betas: torch.optim.Adam(params, lr, betas), sgd=lambda params, lr, betas: torch.optim.SGD(params, lr))
+OPTIMIZERS = dict(adam=lambda params, lr, betas: torch.optim.Adam(params, lr, betas, fused=params[0].is_cuda or None), sgd=lambda params, lr, betas: torch.optim.SGD(params, lr))
 
 # %% ../nbs/20_training.ipynb #9395be25
 def _positive(name, value):
@@ -265,7 +265,7 @@ def load_checkpoint(run:Run, folder:Path, config:dict) -> None:
         for k, p in run.learner.theta.items():
             p.copy_(theta[k])
             like = lambda t: torch.empty_like(p).copy_(t)        # the parameter's memory format, for the same arithmetic
-            if k in m: run.opt.state[p] = dict(step=steps[k], exp_avg=like(m[k]), exp_avg_sq=like(v[k]))
+            if k in m: run.opt.state[p] = dict(step=steps[k].to(p.device) if p.is_cuda else steps[k], exp_avg=like(m[k]), exp_avg_sq=like(v[k]))
     run.learner.buffers = _part(tensors, 'buffers/', device)
     run.iteration, run.history, run.pending, run.seconds = (head[k] for k in ('iteration', 'history', 'pending', 'seconds'))
     run.kept = [(*k, _part(tensors, f'kept{i}/theta/', device), _part(tensors, f'kept{i}/buffers/', device)) for i, k in enumerate(head['kept'])]
@@ -288,24 +288,39 @@ class _Loop:
         self.late = self.params[0].is_cuda            # a look at every iteration's loss would stop the GPU every time
         self.finite = torch.ones(1 + len(self.params), dtype=torch.bool, device=self.params[0].device)
         plan = how['plan'] or plan_for(self.params[0].device)
-        self.recorder = Recorder(run.learner, plan) if plan.capture else None
+        self.recorder = self.unless_refused(lambda: Recorder(run.learner, plan)) if plan.capture else None
 
     def step(self):
-        "One meta-iteration. Leaves parameters untouched if the loss is not finite."
+        "One meta-iteration. On a CPU it leaves parameters untouched if the loss is not finite."
         run, how, i = self.run, self.how, self.run.iteration
         progress = i/how['iterations']
         episodes, n_way = self.train.meta_batch(i, how['meta_batch']), self.train.ways_at(i)
-        g = _replayed(self.recorder, episodes, progress, n_way) if self.recorder else meta_gradient(run.learner, episodes, progress, how['plan'])
+        g = self.gradient(episodes, progress, n_way)
         self.finite = self.finite & torch.stack([v.isfinite().all() for v in (g.loss, *g.grads)])
         if not self.late: self.check()
         grads = [v*how['total'] for v in g.grads] if how['total'] != 1 else g.grads
         if how['clip']: grads = how['clip'](grads)
-        for p, v in zip(self.params, grads): p.grad = v
+        for p, v in zip(self.params, grads): p.grad = v if v.stride() == p.stride() else torch.empty_like(p).copy_(v)   # fused Adam wants one layout
         for group in run.opt.param_groups: group['lr'] = how['meta_lr']*how['schedule'](progress)
         run.learner.outer_step(run.opt, n_way, progress)
         for k, v in g.stats.items(): run.learner.buffers[k] = torch.lerp(run.learner.buffers[k], v, how['momentum'])
         run.iteration += 1
         run.pending.append((g.loss, g.accuracy))
+
+    def gradient(self, episodes, progress, n_way):
+        "The meta-gradient, by recorded graphs if the plan has them; a learner that cannot be recorded is run, unless a plan was asked for by name."
+        if self.recorder:
+            g = self.unless_refused(lambda: _replayed(self.recorder, episodes, progress, n_way))
+            if g: return g
+            self.recorder = None
+        return meta_gradient(self.run.learner, episodes, progress, self.how['plan'])
+
+    def unless_refused(self, f):
+        "What `f` gives; none if it cannot be recorded and nobody asked that it should."
+        try: return f()
+        except CannotRecord as e:
+            if self.how['plan']: raise
+            warnings.warn(f'{e}; running it instead, which is slower'); self.how = self.how | dict(plan=plan_for(self.params[0].device, 'batched'))
 
     def check(self):
         "Raise if a loss or gradient was not finite: on a CPU before the parameters move, on a GPU before anything is written."
@@ -376,7 +391,7 @@ def fit(
     select = select if valid else 'last'
     keep = _how_many(select)
     config = dict(learner=describe(learner), train=train.describe(meta_batch), optimizer=optimizer, task_loss=task_loss,
-                  iterations=iterations, meta_batch=meta_batch, meta_lr=meta_lr, schedule=_name(schedule), clip=_name(clip), betas=list(betas),
+                  iterations=iterations, meta_batch=meta_batch, meta_lr=meta_lr, schedule=_name(schedule), clip=_name(clip), betas=list(betas), **({'precision': plan.precision} if plan and plan.precision != 'float32' else {}),
                   valid=valid and f'{valid.describe(valid_tasks)}, {valid_tasks} every {valid_every}', select=select, log_every=log_every)
     run = Run(learner, OPTIMIZERS[optimizer](list(learner.theta.values()), meta_lr, betas))
     if checkpoint and (Path(checkpoint)/'checkpoint.safetensors').exists(): load_checkpoint(run, checkpoint, config)

@@ -5,6 +5,9 @@ from torch import nn
 from fewshotmeta.all import *
 from test_maml import VARIANTS, noise, tiny
 
+class Branch(nn.Module):
+    def forward(self, x): return x.flatten(1)*(2 if x.mean() > 0 else 1)
+
 def as64(m): return to_dtype(m, torch.float64)
 
 NET = dict(size=16, filters=8)
@@ -52,8 +55,6 @@ def test_one_graph_a_number_of_ways_and_shape():
     assert len(recorder.graphs) == 4
 
 def test_what_looks_at_values_is_refused_and_runs_otherwise():
-    class Branch(nn.Module):
-        def forward(self, x): return x.flatten(1)*(2 if x.mean() > 0 else 1)
     m, ep = as64(MAML(from_module(nn.Sequential(nn.Conv2d(1, 2, 3), Branch()), 1, 16), 3, .1, 1)), noise()
     with pytest.raises(ValueError, match='cannot be recorded.*plan without capture'): Recorder(m, plan_for('cpu', 'graph'))(ep, 0., 3)
     assert Recorder(as64(MAKE['maml']()), plan_for('cpu', 'graph'))(ep, 0., 3)
@@ -149,3 +150,40 @@ def test_inductor_compiles_a_meta_gradient():
         x, y = torch.randn(5, 3), torch.randn(5)
         assert torch.allclose(compiled(x, y)[0], f(w, x, y)[0], atol=1e-5)
         w += 1
+
+def test_fit_runs_what_it_cannot_record_unless_told_to(noise_bank, monkeypatch):
+    "A GPU's plan is chosen without asking; a module that nothing can record must still train."
+    import fewshotmeta.training as training
+    train = EpisodeSampler(noise_bank, 5, 1, 2)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), Branch())
+    make = lambda: MAML(from_module(net, 1, 16), 5, .01, 1)
+    with pytest.raises(ValueError, match='cannot be recorded'): fit(make(), train, 2, meta_batch=2, plan=plan_for('cpu', 'graph'), progress=False)
+    expected = fit(make(), train, 3, meta_batch=2, plan=plan_for('cpu', 'batched'), progress=False)
+    monkeypatch.setattr(training, 'plan_for', lambda device, name=None, **kw: plan_for('cpu', name or 'graph'))
+    with pytest.warns(UserWarning, match='running it instead'): run = fit(make(), train, 3, meta_batch=2, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(run.learner.theta.values(), expected.learner.theta.values()))
+
+@pytest.mark.parametrize('make', [MAKE['maml'], MAKE['mamlpp'], MAKE['hidra']])
+def test_bf16_is_near_float32_and_says_so(make, noise_bank, tmp_path):
+    m, ep = make(), Episodes(*(t.float() if t.is_floating_point() else t for t in noise()))
+    exact, low = (meta_gradient(m, ep, plan=plan_for('cpu', precision=p)) for p in ('float32', 'bf16'))
+    assert (low.loss - exact.loss).abs() < .05 and 1e-6 < abs(low.loss - exact.loss)
+    train = EpisodeSampler(noise_bank, 3, 1, 2)
+    fit(make(), train, 2, meta_batch=2, plan=plan_for('cpu', precision='bf16'), checkpoint=tmp_path, progress=False)
+    with pytest.raises(BadCheckpoint, match='precision'): fit(make(), train, 2, meta_batch=2, checkpoint=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="tf32.*GPU"): plan_for('cpu', precision='tf32')
+
+def test_a_schedule_that_nobody_announced_is_refused():
+    class Decaying(MAML):
+        def meta_loss(self, episodes, progress=0.): return super().meta_loss(episodes)._replace(loss=super().meta_loss(episodes).loss*(1 - progress))
+    with pytest.raises(ValueError, match=r'no moment\(progress\)'): Recorder(Decaying(conv4(**NET), 3), plan_for('cpu', 'graph'))
+
+def test_another_error_stays_itself():
+    def broken(x): raise RuntimeError('out of luck')
+    with pytest.raises(RuntimeError, match='^out of luck'): Recorded(broken, [], [torch.ones(2)])
+
+def test_gradients_get_the_parameters_layout(noise_bank):
+    "A GPU's fused Adam wants one layout for both."
+    m = MAML(conv4(**NET), 5, .1, 1)
+    fit(m, EpisodeSampler(noise_bank, 5, 1, 2), 1, meta_batch=2, plan=plan_for('cpu', 'graph'), progress=False)
+    assert all(p.grad.stride() == p.stride() for p in m.theta.values())

@@ -70,10 +70,14 @@ def in_new_process(code, cache, **env):
 
 ASK = 'x = torch.ones(1, 5, 1, 28, 28); print(conv4()(conv4().init(torch.Generator().manual_seed(0)), x)[0].shape, fusable(x, 64), fusable(x, 64))'
 
-@pytest.mark.parametrize('env', [dict(CC='no-such-compiler'), dict(FEWSHOTMETA_KERNELS='torch')])
-def test_without_a_compiler(tmp_path, env):
+@pytest.mark.parametrize('env,said', [(dict(CC='no-such-compiler -m64'), "no C compiler 'no-such-compiler'"), (dict(FEWSHOTMETA_KERNELS='torch'), '')])
+def test_without_a_compiler(tmp_path, env, said):
     done = in_new_process(ASK, tmp_path, **env)
-    assert done.stdout.strip() == 'torch.Size([1, 5, 64]) False False' and not done.stderr and not list(tmp_path.rglob('*.so'))
+    assert done.stdout.strip() == 'torch.Size([1, 5, 64]) False False' and not list(tmp_path.rglob('*.so'))
+    assert done.stderr.count(said) == 1 if said else not done.stderr
+
+def test_a_wrong_wish_is_refused(tmp_path):
+    assert 'FEWSHOTMETA_KERNELS=off: choose one of torch, fused' in in_new_process(ASK, tmp_path, FEWSHOTMETA_KERNELS='off').stderr
 
 def test_a_compiler_that_fails_is_quoted_once(tmp_path):
     cc = tmp_path/'cc'; cc.write_text('#!/bin/sh\necho "error: out of electrons" >&2; exit 1\n'); cc.chmod(0o755)
@@ -91,3 +95,42 @@ def test_compiled_once_by_many_at_once(tmp_path):
     for t in threads: t.start()
     for t in threads: t.join()
     assert [o.stdout.strip() for o in outs] == ['1']*3 and len(list((tmp_path/'kernels').iterdir())) == 1
+
+@pytest.mark.parametrize('view', [lambda x: x.rot90(1, (3, 4)), lambda x: x[..., 2:-2, 2:-2], lambda x: x[:, :1].expand(1, 5, 1, 20, 20), lambda x: x.transpose(3, 4), lambda x: x.flip(1)[:, ::2]])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_views_of_images_are_read_as_they_look(view, channels):
+    x = torch.rand(1, 5, channels, 20, 20)
+    if channels == 3 and view(x[:, :, :1]).shape[1] == 5 and view(x[:, :, :1]).stride()[1] == 0: x = x[:, :1].expand(1, 5, 3, 20, 20)
+    else: x = view(x)
+    w, b = torch.randn(16, channels, 3, 3), torch.zeros(16)
+    assert torch.allclose(fused_block(x, w, None, b)[0], fused_block(x.contiguous(), w, None, b)[0])
+    assert torch.allclose(fused_block(x, w, None, b)[0][0], plain(x[0], w, torch.ones(16), b, 0., 1, True), atol=1e-4)
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_images_may_have_a_gradient(channels):
+    torch.manual_seed(0)
+    x, w, b = torch.rand(1, 3, channels, 9, 9, dtype=torch.float64, requires_grad=True), torch.randn(8, channels, 3, 3, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
+    ours, = torch.autograd.grad(fused_block(x, w, None, b)[0].square().sum(), x)
+    theirs, = torch.autograd.grad(plain(x[0], w, torch.ones(8).double(), b, 0., 1, True).square().sum(), x)
+    assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-10)
+
+def test_smooth_images_and_filters_that_sum_to_zero():
+    "Where sums cancel: float32 stays near its float64."
+    line = torch.linspace(.8, .9, 28)
+    x = (line[:, None] + line)[None, None, None].expand(1, 25, 1, 28, 28) + 1e-3*torch.rand(1, 25, 1, 28, 28)
+    w = torch.randn(16, 1, 3, 3); w = w - w.mean((2, 3), keepdim=True)
+    a, e = fused_block(x, w, None, torch.zeros(16))[0], fused_block(x.double(), w.double(), None, torch.zeros(16).double())[0]
+    assert (a - e).norm() < 5e-3*e.norm()
+
+@pytest.mark.parametrize('change,message', [(dict(w=torch.rand(4, 16, 1, 3, 3)), 'weights of 4 tasks for activations of 1'), (dict(w=torch.rand(16, 2, 3, 3)), r'expected \(16, 1, 3, 3\)'),
+                                            (dict(w=torch.rand(16, 1, 5, 5)), r'expected \(16, 1, 3, 3\)'), (dict(beta=torch.zeros(16).double()), 'beta is torch.float64'), (dict(beta=torch.zeros(5)), 'beta has 5 values for 16'),
+                                            (dict(gamma=torch.zeros(17)), 'gamma has 17 values')])
+def test_what_does_not_fit_never_reaches_c(change, message):
+    given = dict(x=torch.rand(1, 2, 1, 8, 8), w=torch.rand(16, 1, 3, 3), gamma=None, beta=torch.zeros(16)) | change
+    with pytest.raises(ValueError, match=message): fused_block(**given)
+
+def test_no_images_are_not_for_c():
+    assert not fusable(torch.rand(1, 0, 1, 8, 8), 16)
+    m = MAML(conv4(size=16, filters=16), 3, .1)
+    fast = m.adapt(torch.rand(1, 3, 1, 16, 16), torch.arange(3)[None])
+    with pytest.raises(RuntimeError, match='at least one element'): m.predict(fast, torch.rand(1, 0, 1, 16, 16))       # PyTorch's own refusal

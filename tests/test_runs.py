@@ -142,7 +142,7 @@ def test_command_data(tmp_path):
 # ---- the experiment
 def test_train_notebook_runs_every_method(tmp_path):
     nb = ROOT/'nbs'/'experiments'/'train.ipynb'
-    special = dict(reptile=dict(optimizer='sgd'), hidra=dict(train_ways=[2, 6], test_ways=[2, 7]), hidra_mamlpp=dict(clip_norm=10.), anyway_hypermaml=dict(train_ways=[3, 5], test_ways=[9]), hypermaml=dict(labels='one_hot', augment=True))
+    special = dict(reptile=dict(optimizer='sgd'), fomaml=dict(plan='loop', precision='bf16', recompute=True), hidra=dict(train_ways=[2, 6], test_ways=[2, 7]), hidra_mamlpp=dict(clip_norm=10.), anyway_hypermaml=dict(train_ways=[3, 5], test_ways=[9]), hypermaml=dict(labels='one_hot', augment=True))
     methods = ('maml', 'fomaml', 'mamlpp', 'meta_sgd', 'reptile', 'hidra', 'hidra_mamlpp', 'hypermaml', 'anyway_hypermaml', 'random_init', 'hidra_random_init')
     for method in methods:
         result = run_notebook(nb, SMALL | dict(method=method) | special.get(method, {}), f'm/{method}', tmp_path, quiet=True)
