@@ -294,7 +294,8 @@ class _Loop:
         "One meta-iteration. On a CPU it leaves parameters untouched if the loss is not finite."
         run, how, i = self.run, self.how, self.run.iteration
         progress = i/how['iterations']
-        episodes, n_way = self.train.meta_batch(i, how['meta_batch']), self.train.ways_at(i)
+        episodes = self.train.meta_batch(i, how['meta_batch'])
+        n_way = self.train.ways_at(i) if hasattr(self.train, 'ways_at') else int(episodes.ys.max()) + 1      # a sampler of one's own need not say
         g = self.gradient(episodes, progress, n_way)
         self.finite = self.finite & torch.stack([v.isfinite().all() for v in (g.loss, *g.grads)])
         if not self.late: self.check()

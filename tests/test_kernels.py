@@ -134,3 +134,15 @@ def test_no_images_are_not_for_c():
     m = MAML(conv4(size=16, filters=16), 3, .1)
     fast = m.adapt(torch.rand(1, 3, 1, 16, 16), torch.arange(3)[None])
     with pytest.raises(RuntimeError, match='at least one element'): m.predict(fast, torch.rand(1, 0, 1, 16, 16))       # PyTorch's own refusal
+
+TRAIN = """
+import hashlib, sys
+images = torch.zeros(60, 1, 16, 16, dtype=torch.uint8).random_(0, 256, generator=torch.Generator().manual_seed(0))
+train = EpisodeSampler(ImageBank(images, range(0, 60, 6), [6]*10, list('abcdefghij')), 5, 1, 3)
+m = fit(mamlpp(conv4(size=16, filters=16), 5, 3), train, 6, meta_batch=5, progress=False, plan=plan_for('cpu')).learner
+print(fusable(torch.ones(1, 1, 1, 16, 16), 16), hashlib.sha256(b''.join(v.detach().numpy().tobytes() for v in m.theta.values())).hexdigest())
+"""
+
+def test_the_same_bytes_in_every_process_and_with_any_number_of_workers(tmp_path):
+    outs = {in_new_process(TRAIN, tmp_path, FEWSHOTMETA_WORKERS=str(n)).stdout for n in (2, 2, 1, 3)}
+    assert len(outs) == 1 and outs.pop().startswith('True ')

@@ -15,7 +15,7 @@ def valid(noise_bank): return EpisodeSampler(noise_bank, 5, 1, 3, seed=99)
 
 def small(seed=0, **kw):
     net = {k: kw.pop(k) for k in ('norm', 'norm_steps') if k in kw}
-    return MAML(conv4(size=16, filters=4, **net), 5, seed=seed, **kw)
+    return MAML(conv4(size=16, filters=16, **net), 5, seed=seed, **kw)
 
 def fitted(train, valid, folder=None, learner=None, **kw):
     return fit(learner or small(), train, **(dict(iterations=24, meta_batch=2, valid=valid, valid_tasks=6, valid_every=8, save_every=6, log_every=4, schedule=Cosine(), checkpoint=folder, progress=False) | kw))
@@ -101,7 +101,7 @@ images = torch.randint(0, 256, (1000, 1, 16, 16), generator=torch.Generator().ma
 bank = ImageBank(images, range(0, 1000, 25), [25]*40, [f'class{i:02d}' for i in range(40)], name='noise')
 s = EpisodeSampler(bank, 5, 1, 3, seed=0)
 print('ready', flush=True)
-fit(MAML(conv4(size=16, filters=4), 5), s, iterations=120, meta_batch=2, valid=s(seed=99), valid_tasks=6, valid_every=20, save_every=3, log_every=4, checkpoint=sys.argv[1], progress=False)
+fit(MAML(conv4(size=16, filters=16), 5), s, iterations=120, meta_batch=2, valid=s(seed=99), valid_tasks=6, valid_every=20, save_every=3, log_every=4, checkpoint=sys.argv[1], progress=False)
 '''
 
 def train_in_a_process(folder, kill_after=None):
