@@ -40,7 +40,7 @@ def test_clipping():
 def test_fit_is_adam_on_the_mean_meta_loss(train):
     "Three iterations by hand."
     a, b = small(), small()
-    fit(a, train, 3, meta_batch=4, meta_lr=.01, clip=ClipValue(.05), progress=False)
+    fit(a, train, 3, meta_batch=4, meta_lr=.01, clip=ClipValue(.05), plan=plan_for('cpu', 'batched'), progress=False)   # the same arithmetic as below
     opt = torch.optim.Adam(list(b.theta.values()), .01)
     for i in range(3):
         opt.zero_grad(); b.meta_loss(train[4*i:4*i + 4]).loss.mean().backward()
