@@ -52,7 +52,7 @@ class Case:
 
     def __post_init__(self): pick('method', self.method, METHODS)
 
-    def learner(self, backbone=None, **changes):
+    def learner(self, backbone=None):
         "A fresh learner, on our Conv4 unless said otherwise."
         net = backbone or conv4(self.channels, self.size, filters=self.filters)
         if self.method == 'hypermaml': return HyperMAML(net, self.n_way, switch=Switch(mode='none'))
@@ -113,6 +113,12 @@ def _plain(case, device, chunk):
 
 def _model(case, device): return nn.Sequential(plain_net(case), nn.Linear(case.filters*(case.size//16)**2, case.n_way)).to(device)
 
+def _task_by_task(model, ep, task):
+    def step():
+        model.zero_grad()
+        for t in zip(*ep): task(*t)
+    return step
+
 def _learn2learn(case, device):
     import learn2learn
     maml, ep = learn2learn.algorithms.MAML(_model(case, device), lr=.1, first_order=case.method == 'first_order'), case.episodes(device)
@@ -120,10 +126,7 @@ def _learn2learn(case, device):
         mine = maml.clone()
         for _ in range(case.steps): mine.adapt(F.cross_entropy(mine(xs), ys))
         (F.cross_entropy(mine(xq), yq)/case.tasks).backward()
-    def step():
-        maml.zero_grad()
-        for t in zip(*ep): task(*t)
-    return step
+    return _task_by_task(maml, ep, task)
 
 def _higher(case, device):
     import higher
@@ -133,10 +136,7 @@ def _higher(case, device):
         with higher.innerloop_ctx(model, inner, copy_initial_weights=False, track_higher_grads=case.method != 'first_order') as (f, opt):
             for _ in range(case.steps): opt.step(F.cross_entropy(f(xs), ys))
             (F.cross_entropy(f(xq), yq)/case.tasks).backward()
-    def step():
-        model.zero_grad()
-        for t in zip(*ep): task(*t)
-    return step
+    return _task_by_task(model, ep, task)
 
 # %% ../nbs/22_timing.ipynb #69be48f0
 CANDIDATES = {
@@ -294,7 +294,7 @@ def _start_up(rounds=3):
 
 def _episode_share():
     "Seconds to draw and gather a meta-batch of 16 tasks (5-way 1-shot 15-query) of a bank in memory."
-    from fewshotmeta.data import ImageBank, glyphs
+    from fewshotmeta.data import glyphs
     train = EpisodeSampler(glyphs('train'), 5, 1, 15)
     def one(i): start = time.perf_counter(); train.meta_batch(i, 16); return time.perf_counter() - start
     return statistics.median([one(i) for i in range(20)])
@@ -320,9 +320,8 @@ def bench(
     base = Case('curve', tasks=4)
     lines = {w: _curve(w, v, replace(base, tasks=2) if w == 'size' else base, max(2, rounds - 2), device) for w, v in CURVES.items()} if curves and not quick else {}
     for w, l in lines.items(): say(f'cost against {l["what"]}: {l["slope"]:.3g} ms each, R² {l["r2"]:.4f}')
-    result = dict(device=device, cores=_cores(), ceiling=ceiling, rows=rows, curves=lines, cases=[asdict(c) for c in chosen], torch=torch.__version__,
+    return dict(device=device, cores=_cores(), ceiling=ceiling, rows=rows, curves=lines, cases=[asdict(c) for c in chosen], torch=torch.__version__,
                   episodes_seconds=_episode_share(), **({} if quick else _start_up()))
-    return result
 
 def save_bench(
     result:dict,  # from `bench`
@@ -348,14 +347,14 @@ def _against_peers(result, name, out):
     peers = [r for r in result['rows'] if r['case'] == name and r['candidate'] in PEERS and not r['kept_memory']]
     if not ours or not peers: return
     best, l2l = min(peers, key=lambda r: r['ms']), _row(result, name, 'learn2learn', False) or _row(result, name, 'plain loop', False)
-    kept, small = _row(result, name, l2l['candidate'], True), name.startswith('84')
-    if small:
+    kept, large = _row(result, name, l2l['candidate'], True), name.startswith('84')
+    if large:
         out.append(_target(f'{name}: time', .35, ours['ms']/l2l['ms'], f'{l2l["candidate"]} as it comes'))
         out.append(_target(f'{name}: time', .70, ours_kept['ms']/kept['ms'], f'{l2l["candidate"]}, kept memory'))
     else:
         out.append(_target(f'{name}: time', .40, ours['ms']/best['ms'], f'{best["candidate"]}, the fastest peer'))
         if ours['peak_bytes']: out.append(_target(f'{name}: memory', .50, ours['peak_bytes']/best['peak_bytes'], best['candidate']))
-    out.append(_target(f'{name}: share of the ceiling', .50 if small else .65, ours['share'], most=False))
+    out.append(_target(f'{name}: share of the ceiling', .50 if large else .65, ours['share'], most=False))
 
 def targets(
     result:dict, # from `bench`

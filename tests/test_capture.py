@@ -97,7 +97,7 @@ def test_recomputed_steps_give_the_same_gradient(kw, plan):
     whole, lean = (meta_gradient(m, ep, plan=plan_for('cpu', p, recompute=r)) for p, r in (('plain', False), (plan, True)))
     for a, b in zip([whole.loss, *whole.grads, *whole.stats.values()], [lean.loss, *lean.grads, *lean.stats.values()], strict=True): assert (a - b).norm() <= 1e-10*(1 + a.norm())
 
-@pytest.mark.parametrize('name', ['mamlpp', 'hidra mamlpp', 'hypermaml', 'reptile', 'a module'])
+@pytest.mark.parametrize('name', ['mamlpp', 'hidra mamlpp', 'a module'])      # the others take no gradient through inner steps
 @pytest.mark.parametrize('progress', [0., .3, .9])
 def test_recomputed_steps_of_every_method(name, progress):
     m, ep = as64(MAKE[name]()), noise(tasks=2)
