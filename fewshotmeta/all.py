@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/99_all.ipynb #d8f6b309
+from .files import *
 from .data import *
 from .episodes import *
 from .augment import *
@@ -17,11 +18,14 @@ from .mamlpp import *
 from .hidra import *
 from .hypermaml import *
 from .reptile import *
+from .ranks import *
 from .capture import *
 from .training import *
 from .evaluation import *
 from .timing import *
 from .runs import *
+from .batches import *
+from .command import *
 
 # %% ../nbs/99_all.ipynb #7990783e
 __all__ = [name for name in dir() if not name.startswith('_')]

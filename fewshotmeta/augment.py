@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import check_size
+from .files import check_size
 
 # %% ../nbs/04_augment.ipynb #c9fe528d
 def crop_boxes(

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from .layers import *
 from .layers import NORMS
 from .kernels import *
-from .data import check_size
+from .files import check_size
 
 # %% ../nbs/03_backbones.ipynb #0b51872c
 def _uniform(shape, bound, gen): return (torch.rand(shape, generator=gen)*2 - 1)*bound

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .files import *
 from .data import *
 
 # %% ../nbs/01_episodes.ipynb #2cb6be62

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import check_size
+from .files import check_size
 from .layers import *
 from .backbones import *
 from .backbones import pick

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .data import *
+from .files import *
 from .layers import *
 from .layers import CHOICES, _conv, _direct
 

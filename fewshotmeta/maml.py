@@ -18,7 +18,7 @@ from torch import Tensor
 from .layers import *
 from .backbones import *
 from .backbones import pick
-from .data import check_size
+from .files import check_size
 from .episodes import *
 
 # %% ../nbs/10_maml.ipynb #d3e689ee

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .data import check_size
+from .files import check_size
 from .backbones import *
 from .backbones import pick
 from .maml import *

@@ -4,20 +4,18 @@
 
 # %% auto #0
 __all__ = ['RESULT_TYPE', 'BadParameters', 'Parameter', 'read_parameters', 'parse_value', 'check_value', 'merge_parameters',
-           'report', 'run_folder', 'provenance', 'RunFailed', 'project_folder', 'default_name', 'run_notebook', 'main']
+           'report', 'device_name', 'run_folder', 'provenance', 'package_digest', 'digests', 'RunFailed', 'RunBusy',
+           'project_folder', 'default_name', 'run_notebook', 'marker', 'read_marker']
 
 # %% ../nbs/30_runs.ipynb #187c2b52
-import argparse, ast, contextlib, importlib.metadata, json, math, os, platform, re, shutil, subprocess, sys, time
+import ast, contextlib, hashlib, importlib.metadata, json, math, os, platform, re, socket, subprocess, sys, tempfile, time
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 
-import torch
-
 import fewshotmeta
-from .data import *
-from .evaluation import *
-from .timing import *
+from .files import *
 
 # %% ../nbs/30_runs.ipynb #ea6f4418
 class BadParameters(ValueError):
@@ -100,11 +98,18 @@ def report(
     if not metrics: raise ValueError('report() without a metric: give at least one, as report(test_accuracy=evaluate(…))')
     out = {}
     for k, v in metrics.items():
-        if isinstance(v, Evaluation): episodes_digest, v = episodes_digest or v.digest, v.metric()
+        if hasattr(v, 'metric'): episodes_digest, v = episodes_digest or v.digest, v.metric()
         v = v if isinstance(v, dict) else dict(mean=float(v), ci95=None, n=1)
         if not math.isfinite(v['mean']): raise ValueError(f'{k}={v["mean"]}: a result is a finite number')
         out[k] = dict(mean=float(v['mean']), ci95=None if v.get('ci95') is None or math.isnan(v['ci95']) else float(v['ci95']), n=int(v.get('n', 1)))
-    display(_Report(dict(metrics=out, episodes_digest=episodes_digest)))
+    display(_Report(dict(metrics=out, episodes_digest=episodes_digest, device=device_name())))
+
+def device_name(cuda:bool|None=None, # whether a GPU was used; none: if this process has anything on it
+               ) -> str:
+    "The GPU, or the number of cores and their kind."
+    torch = sys.modules.get('torch')
+    if torch and torch.cuda.is_available() and (cuda or cuda is None and torch.cuda.max_memory_allocated()): return torch.cuda.get_device_name()
+    return f'CPU, {len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()} cores ({platform.machine()})'
 
 def run_folder() -> Path|None:
     "The folder of the run that executes this notebook; none in JupyterLab."
@@ -115,21 +120,41 @@ def _git(*args, cwd=None):
     try: return subprocess.run(['git', *args], cwd=cwd, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError): return None
 
-def provenance(cuda:bool=True # whether the run may use a GPU
-              ) -> dict:
-    "Versions, device, the commit of the package's own repository, and whether code differs from that commit."
+def provenance() -> dict:
+    "Versions, the commit of the package's own repository, and whether code differs from that commit."
     project = Path(fewshotmeta.__file__).parent.parent
     versions = {n: importlib.metadata.version(n) for n in ('torch', 'numpy', 'pillow', 'papermill')}
     status = _git('status', '--porcelain', '--', 'nbs', 'fewshotmeta', cwd=project)
-    device = torch.cuda.get_device_name() if cuda and torch.cuda.is_available() else f'CPU, {len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()} cores ({platform.machine()})'
-    return dict(device=device, versions=dict(python=platform.python_version(), fewshotmeta=fewshotmeta.__version__, **versions),
+    return dict(versions=dict(python=platform.python_version(), fewshotmeta=fewshotmeta.__version__, **versions),
                 commit=_git('rev-parse', 'HEAD', cwd=project), dirty=bool(status) if status is not None else None)
 
-def _now(): return datetime.now(timezone.utc).isoformat(timespec='seconds')
+def _now(): return datetime.now(timezone.utc).isoformat(timespec='milliseconds')
+
+# %% ../nbs/30_runs.ipynb #c69fc73b
+def _code_only(text): return '\n'.join(l for l in text.splitlines() if l.strip() and not l.lstrip().startswith('#'))
+
+def _short(text): return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+@lru_cache
+def package_digest() -> str:
+    "Of the code and data of the installed package."
+    folder = Path(fewshotmeta.__file__).parent
+    files = sorted(p for p in folder.rglob('*') if p.suffix in ('.py', '.json') and p.name != '_modidx.py')
+    return _short('\n'.join(f'{p.relative_to(folder).as_posix()}\n{_code_only(p.read_text(encoding="utf-8"))}' for p in files))
+
+def digests(notebook, params:dict) -> dict:
+    "Digests of a notebook's code, of all parameters and of the package: what a result is made by."
+    cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
+    code = '\n'.join(_code_only(''.join(c['source'])) for c in cells if c['cell_type'] == 'code')
+    return dict(notebook=_short(code), params=_short(json.dumps(params, sort_keys=True)), package=package_digest())
 
 # %% ../nbs/30_runs.ipynb #6aa5bafc
 class RunFailed(RuntimeError):
-    "The notebook raised."
+    "The notebook raised, died, or took too long: `kind` is 'raised', 'killed', 'time limit' or 'report'."
+    def __init__(self, message, kind='raised', trace=''): super().__init__(message); self.kind, self.trace = kind, trace
+
+class RunBusy(RuntimeError):
+    "Another process is executing the run."
 
 def project_folder(notebook) -> Path:
     "The project that a notebook belongs to: the nearest folder above with a settings.ini, or the current one."
@@ -147,28 +172,68 @@ def run_notebook(
     runs=None,         # the folder of all runs; none: `runs` in the project
     force:bool=False,  # run again what is finished, from the start
     quiet:bool=False,  # do not show the notebook's own output
+    limit:float=0,     # minutes after which the run is stopped; 0: no limit
+    note:dict|None=None, # left beside the run's lock while it goes on, for who looks
 ) -> dict:             # the result, as in result.json
-    "Execute a notebook by papermill. Raises `BadParameters`, `RunFailed`, `OSError`; leaves nothing half-written."
+    "Execute a notebook by papermill. Raises `BadParameters`, `RunBusy`, `RunFailed`, `OSError`; leaves nothing half-written."
     notebook, given = Path(notebook), given or {}
     if not notebook.is_file(): raise BadParameters(f'no notebook {notebook}')
     params = merge_parameters(read_parameters(notebook), given)
-    project = project_folder(notebook)
     experiment, slug = _split_name(name or default_name(given), notebook.stem)
-    folder = Path(runs or project/'runs')/experiment/slug
-    if (done := _finished(folder, notebook.name, params, force)) is not None: return done
-    _prepare(folder, force)
-    started, t, origin = _now(), time.perf_counter(), provenance(params.get('device') != 'cpu')   # now: a long run may see other commits
-    left = _execute(notebook, folder, {k: v for k, v in params.items() if k in given}, quiet)
-    result = dict(experiment=experiment, run=slug, notebook=notebook.name, scale=params.get('scale'), params=params, **left,
-                  seconds=round(time.perf_counter() - t, 2), **origin, started=started, finished=_now())
-    with atomic(folder/'result.json') as tmp: tmp.write_text(json.dumps(result, indent=1) + '\n')
+    runs = Path(runs or project_folder(notebook)/'runs')
+    if (done := _finished(runs/experiment/slug, notebook.name, params, force)) is not None: return done
+    if int(os.environ.get('RANK', 0)): return _follow(notebook, runs/experiment/slug, params, given, limit)
+    with _mine(runs, experiment, slug, note or {}) as folder:
+        if (done := _finished(folder, notebook.name, params, force)) is not None: return done    # finished while we waited
+        _prepare(folder, force)
+        started, t, origin = _now(), time.perf_counter(), dict(digest=digests(notebook, params), **provenance())   # now: a long run may see other commits
+        try: left = _execute(notebook, folder, {k: v for k, v in params.items() if k in given}, quiet, limit)
+        except RunFailed as e:
+            write_json(folder/'failed.json', dict(kind=e.kind, error=str(e), traceback=e.trace, when=_now(), params=params, digest=origin['digest']))
+            raise
+        result = dict(experiment=experiment, run=slug, notebook=notebook.name, scale=params.get('scale'), params=params, **left,
+                      seconds=round(time.perf_counter() - t, 2), **origin, started=started, finished=_now())
+        write_json(folder/'result.json', result)
+        for f in ('failed.json', '.progress.json'): (folder/f).unlink(missing_ok=True)
     return result
 
-# %% ../nbs/30_runs.ipynb #9d423b10
+# %% ../nbs/30_runs.ipynb #6286bb7e
+def _follow(notebook, folder, params, given, limit):
+    "Under torchrun, every rank but the first executes the same notebook and shares its training; what it writes is thrown away."
+    with tempfile.TemporaryDirectory() as tmp:
+        left = _execute(notebook, Path(tmp), {k: v for k, v in params.items() if k in given}, True, limit, folder)
+    return left | dict(experiment=folder.parent.name, run=folder.name, scale=params.get('scale'), params=params, seconds=0.)
+
+# %% ../nbs/30_runs.ipynb #f00912e8
+def marker(runs, experiment, slug, kind='json') -> Path:
+    "The note on who executes a run, or (`kind='lock'`) its lock."
+    return Path(runs)/'.state'/experiment/f'{slug}.{kind}'
+
+@contextlib.contextmanager
+def _mine(runs, experiment, slug, more):
+    "Hold the run's lock; yields its folder."
+    note = marker(runs, experiment, slug)
+    try: lock = contextlib.ExitStack(); lock.enter_context(locked(marker(runs, experiment, slug, 'lock'), wait=.3))
+    except TimeoutError: raise RunBusy(f'{experiment}/{slug} is being executed by another process{_who(note)}') from None
+    with lock:
+        write_json(note, more | dict(pid=os.getpid(), host=socket.gethostname(), since=time.time()))
+        try: yield Path(runs)/experiment/slug
+        finally: note.unlink(missing_ok=True)
+
+def read_marker(runs, experiment, slug) -> dict:
+    "Who executes a run, or executed it when it was killed; empty if nobody."
+    try: return read_json(marker(runs, experiment, slug))
+    except (BadFile, FileNotFoundError): return {}
+
+def _who(note):
+    try: m = read_json(note); return f' (process {m["pid"]} on {m["host"]})'
+    except (BadFile, OSError, KeyError): return ''
+
+# %% ../nbs/30_runs.ipynb #35b65e8a
 def _split_name(name, stem):
     "Experiment and run, which are folder names and cannot lead anywhere else."
-    if not re.fullmatch(r'(?=.*[^./])[\w.=+-]+(/[\w.=+-]+)?', name) or any(not part.strip('.') for part in name.split('/')):
-        raise BadParameters(f'name={name!r}: letters, digits and . = + - _ only, at most one /')
+    if not re.fullmatch(r'(?=.*[^./])[\w.=+-]+(/[\w.=+-]+)?', name) or any(part.startswith('.') for part in name.split('/')):
+        raise BadParameters(f'name={name!r}: letters, digits and . = + - _ only, not a dot first, at most one /')
     experiment, _, slug = name.rpartition('/')
     return experiment or stem, slug
 
@@ -176,20 +241,22 @@ def _finished(folder, notebook, params, force):
     "The result of a run that is done already; `BadParameters` if it was another one."
     path = folder/'result.json'
     if force or not path.exists(): return None
-    try: result = json.loads(path.read_text())
-    except ValueError: raise BadParameters(f'{path} is not a whole result: run again with --force') from None
-    if result.get('notebook') != notebook: raise BadParameters(f'{folder} holds a finished run of {result.get("notebook")}: choose another --name, or --force to replace it')
-    if result.get('params') != params:
-        other = [k for k in params if result.get('params', {}).get(k) != params[k]]
-        raise BadParameters(f'{folder} holds a finished run with another {", ".join(other) or "set of parameters"}: choose another --name, or --force to replace it')
+    try: result = read_json(path)
+    except BadFile as e: raise BadParameters(f'{e}: run again with --force') from None
+    if result['notebook'] != notebook: raise BadParameters(f'{folder} holds a finished run of {result["notebook"]}: choose another --name, or --force to replace it')
+    if result['params'] != params:
+        other = [k for k in params | result['params'] if result['params'].get(k) != params.get(k)]
+        raise BadParameters(f'{folder} holds a finished run with another {", ".join(other)}: choose another --name, or --force to replace it')
     return result | {'already': True}
 
 def _prepare(folder, force):
     "Make the folder, and find out now whether it can be written."
     with atomic(folder/'.writable') as tmp: tmp.write_text('')
     (folder/'.writable').unlink()
+    for f in ('failed.json', 'failed.ipynb'): (folder/f).unlink(missing_ok=True)
     if force:
-        for f in ('result.json', 'notebook.ipynb', 'metrics.csv', 'checkpoint.safetensors', 'failed.ipynb'): (folder/f).unlink(missing_ok=True)
+        for f in ('result.json', 'notebook.ipynb', 'metrics.csv', 'checkpoint.safetensors', '.progress.json'): (folder/f).unlink(missing_ok=True)
+    for f in folder.glob('.*.partial*'): f.unlink()              # of a process that was killed; the run is ours
 
 def _environment(folder):
     "What the kernel's environment has besides ours: the run's folder, an allocator that keeps freed memory, one thread an operation."
@@ -206,30 +273,35 @@ def _environ(values):
         for k, v in old.items(): os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
 
 # %% ../nbs/30_runs.ipynb #11c5fdfa
-def _execute(notebook, folder, params, quiet):
+def _execute(notebook, folder, params, quiet, limit=0, run=None):
     "Run the notebook in its own kernel, in its own folder; returns what it reported."
     import papermill
-    from nbclient.exceptions import CellControlSignal
+    from nbclient.exceptions import CellControlSignal, CellTimeoutError
     from papermill.exceptions import PapermillExecutionError
     partial, show = folder/'.notebook.partial.ipynb', {} if quiet else dict(stdout_file=sys.stdout, stderr_file=sys.stderr)
+    end = time.monotonic() + 60*limit
+    if limit: show['timeout_func'] = lambda cell: max(.1, end - time.monotonic())
+    kept = 'a checkpoint, if there is one, is kept'
+    def failed(message, kind, trace=''):
+        with contextlib.suppress(OSError): os.replace(partial, folder/'failed.ipynb')
+        return RunFailed(message, kind, trace)
     try:
-        with _environ(_environment(folder)):
+        with _environ(_environment(run or folder)):
             nb = papermill.execute_notebook(str(notebook), str(partial), parameters=params, cwd=str(notebook.parent), progress_bar=False, kernel_name='python3', language='python', **show)
     except PapermillExecutionError as e:
-        os.replace(partial, folder/'failed.ipynb')
-        raise RunFailed(f'{notebook.name} raised {e.ename}: {e.evalue}\nthe traceback is in {folder}/failed.ipynb; a checkpoint, if there is one, is kept') from e
+        raise failed(f'{notebook.name} raised {e.ename}: {e.evalue}\nthe traceback is in {folder}/failed.ipynb; {kept}', 'raised', _plain('\n'.join(e.traceback))) from e
+    except CellTimeoutError as e: raise failed(f'{notebook.name} ran longer than its limit of {limit:g} minutes; {kept}', 'time limit') from e
     except (CellControlSignal, RuntimeError) as e:           # nbclient's word for a kernel that died or did not answer
-        with contextlib.suppress(OSError): os.replace(partial, folder/'failed.ipynb')
-        raise RunFailed(f'{notebook.name}: {e}. A kernel that dies without a traceback was killed, mostly for memory; a checkpoint, if there is one, is kept') from e
+        raise failed(f'{notebook.name}: {e}. A kernel that dies without a traceback was killed, mostly for memory; {kept}', 'killed') from e
     except BaseException: partial.unlink(missing_ok=True); raise
     left = [o['data'][RESULT_TYPE] for c in nb.cells for o in c.get('outputs', []) if RESULT_TYPE in o.get('data', {})]
-    if len(left) != 1:
-        os.replace(partial, folder/'failed.ipynb')
-        raise RunFailed(f'{notebook.name} called report() {len(left)} times, not once: a run has one result')
+    if len(left) != 1: raise failed(f'{notebook.name} called report() {len(left)} times, not once: a run has one result', 'report')
     _tidy(nb, folder)
     with atomic(folder/'notebook.ipynb') as tmp: tmp.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-    partial.unlink(missing_ok=True); (folder/'failed.ipynb').unlink(missing_ok=True)
+    partial.unlink(missing_ok=True)
     return dict(left[0])
+
+def _plain(text): return re.sub(r'\x1b\[[0-9;]*m', '', text)
 
 def _tidy(nb, folder):
     "Leave out of an executed notebook what is of this machine: paths, progress bars' old states, timestamps."
@@ -246,74 +318,3 @@ def _without(text, home):
     for path, word in home:
         if len(path) > 1: text = text.replace(path, word)
     return text
-
-# %% ../nbs/30_runs.ipynb #f278aa70
-def _cmd_run(a):
-    given = {}
-    known = read_parameters(a.notebook) if Path(a.notebook).is_file() else {}
-    for item in a.parameters:
-        name, eq, text = item.partition('=')
-        if not eq: raise BadParameters(f'-p {item}: expected name=value')
-        given[name] = parse_value(known[name], text) if name in known else text
-    result = run_notebook(a.notebook, given, a.name, a.runs, a.force)
-    folder = Path(a.runs or project_folder(a.notebook)/'runs')/result['experiment']/result['run']
-    _say_result(result, folder, a)
-
-def _say_result(result, folder, a):
-    print('\n' + ('already done: ' if result.get('already') else '') + f'{result["experiment"]}/{result["run"]}, scale {result["scale"]}, {result["seconds"]:.0f} s on {result["device"]}')
-    for k, v in result['metrics'].items(): print(f'  {k:32s} {_shown(v)}   (n={v["n"]})')
-    near = os.path.relpath(folder)
-    print(f'\n  executed notebook  {near}/notebook.ipynb\n  result             {near}/result.json')
-    if result.get('already'): print('  --force runs it again')
-    me = _myself()
-    print(f'\nNext: change a parameter, as in\n  {me} run {a.notebook} -p {_example(a.notebook)}\nor `make lab`, open {a.notebook} and read it; `{me} data` says which data sets are there.')
-
-def _example(notebook):
-    known = read_parameters(notebook)
-    return ' '.join(f'{k}={v}' for k, v in dict(n_way=20, seed=1).items() if k in known) or 'name=value'
-
-def _myself():
-    "The command that the user can type again."
-    return 'fewshotmeta' if shutil.which('fewshotmeta') else os.path.relpath(sys.argv[0])
-
-def _cmd_bench(a):
-    check_size('rounds', a.rounds, 1)
-    if not a.out and (a.quick or a.cases != '*' or a.no_memory or a.no_curves): raise ValueError('a part of the bench does not replace the whole one: say where it goes with --out FOLDER')
-    if a.device == 'cuda' and not torch.cuda.is_available(): raise ValueError('device=cuda, but PyTorch sees no GPU: use --device cpu')
-    result = bench(a.cases, a.rounds, not a.no_memory, not a.no_curves, a.quick, a.device, lambda line: print(line, flush=True)) | dict(provenance=provenance(a.device == 'cuda'))
-    out = a.out or f'runs/speed/{torch.device(a.device).type}'
-    save_bench(result, out)
-    print(f'\n{show_targets(result)}\n\n{os.path.relpath(out)}/bench.json and bench.png')
-
-def _cmd_data(a):
-    if a.get: _get(a.get, a.root)
-    print(f'data root: {data_root(a.root)}   (--root, or FEWSHOTMETA_DATA)\ncache:     {cache_folder()}   (FEWSHOTMETA_CACHE)\n')
-    for r in data_status(a.root): print(f'{"found  " if r["found"] else "missing"}  {r["name"]:14s} {r["where"]}' + ('' if r['found'] else f'\n         {r["how"]}'))
-
-def _get(name, root):
-    first = dict(omniglot='train', emnist='test', mini_imagenet='train', cub='base', glyphs='train')
-    if name not in first: raise ValueError(f'--get {name}: choose one of {", ".join(first)}')
-    LOADERS[name](first[name], **({} if name == 'glyphs' else {'root': root}))
-
-# %% ../nbs/30_runs.ipynb #f8e46e3e
-def main(
-    argv:list|None=None, # arguments; none: the command line's
-) -> int:                # exit status: 0 done, 1 the run failed, 2 it was asked for wrongly
-    "The command `fewshotmeta`."
-    top = argparse.ArgumentParser(prog='fewshotmeta', description='Few-shot meta-learning experiments.')
-    sub = top.add_subparsers(required=True)
-    run = sub.add_parser('run', help='execute an experiment notebook')
-    run.add_argument('notebook'); run.add_argument('-p', '--parameters', nargs='+', action='extend', default=[], metavar='name=value')
-    run.add_argument('--name', default='', help='name, or experiment/name'); run.add_argument('--runs', help='folder of all runs')
-    run.add_argument('--force', action='store_true', help='run again what is finished, from the start'); run.set_defaults(f=_cmd_run)
-    data = sub.add_parser('data', help='which data sets are there, and how to get those that are not')
-    data.add_argument('--root'); data.add_argument('--get', metavar='NAME'); data.set_defaults(f=_cmd_data)
-    bench = sub.add_parser('bench', help='time our plans and other implementations side by side')
-    bench.add_argument('--out', help='folder for bench.json and bench.png; default: runs/speed/cpu or cuda, for the whole bench'); bench.add_argument('--cases', default='*', metavar='PATTERN')
-    bench.add_argument('--rounds', type=int, default=7); bench.add_argument('--device', default='cpu'); bench.add_argument('--no-memory', action='store_true')
-    bench.add_argument('--no-curves', action='store_true'); bench.add_argument('--quick', action='store_true', help='only see whether it runs'); bench.set_defaults(f=_cmd_bench)
-    a = top.parse_args(argv)
-    try: a.f(a); return 0
-    except (BadParameters, DataMissing, BadImage, ValueError) as e: print(f'fewshotmeta: {e}', file=sys.stderr); return 2
-    except (RunFailed, OSError) as e: print(f'fewshotmeta: {e}', file=sys.stderr); return 1
-    except KeyboardInterrupt: print('fewshotmeta: interrupted; the same command (without --force) continues from the checkpoint', file=sys.stderr); return 130

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .data import atomic
+from .files import atomic
 from .episodes import *
 from .layers import *
 from .layers import _cores

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'CHECKPOINT', 'MetaGradient', 'meta_gradient', 'constant', 'Cosine', 'MultiStep',
            'ClipValue', 'ClipNorm', 'accuracies', 'Ensemble', 'with_theta', 'Run', 'BadCheckpoint', 'save_checkpoint',
-           'read_checkpoint', 'load_checkpoint', 'describe', 'fit']
+           'read_checkpoint', 'load_checkpoint', 'describe', 'fit', 'note_progress']
 
 # %% ../nbs/20_training.ipynb #ff723518
 import hashlib, json, math, signal, sys, threading, time, warnings
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from .files import *
 from .data import *
 from .data import _as_os_error
 from .episodes import *
@@ -26,6 +28,7 @@ from .layers import *
 from .backbones import *
 from .backbones import pick
 from .maml import *
+from .ranks import *
 from .capture import *
 
 # %% ../nbs/20_training.ipynb #f8b11077
@@ -204,15 +207,15 @@ class Run:
         if v: b.plot(*zip(*v), 'o-', ms=3, label='validation tasks')
         b.set(xlabel='iteration', ylabel='accuracy'); b.legend(); fig.suptitle(title, fontsize=9); fig.tight_layout(); plt.show()
 
-class BadCheckpoint(ValueError):
+class BadCheckpoint(BadFile):
     "A checkpoint that is truncated, altered, or of another run."
 
 # %% ../nbs/20_training.ipynb #43d5b500
-CHECKPOINT = 'fewshotmeta checkpoint 1'
+CHECKPOINT = 'fewshotmeta checkpoint 2'
 
 def _hash(tensors):
     h = hashlib.sha256()
-    for k in sorted(tensors): h.update(k.encode()); h.update(tensors[k].contiguous().numpy().tobytes())
+    for k, v in sorted(tensors.items()): h.update(f'{k}|{v.dtype}|{tuple(v.shape)}'.encode()); h.update(v.contiguous().numpy().tobytes())
     return h.hexdigest()
 
 def _tensors(run):
@@ -229,10 +232,10 @@ def save_checkpoint(run:Run, folder:Path, config:dict) -> None:
     "Write `folder/checkpoint.safetensors` and `folder/metrics.csv`, each whole or not at all."
     tensors = _tensors(run)
     head = dict(format=CHECKPOINT, config=config, iteration=run.iteration, history=run.history, pending=[[float(v) for v in row] for row in run.pending], seconds=run.seconds,
-                kept=[k[:2] for k in run.kept], sha256=_hash(tensors))
+                kept=[k[:2] for k in run.kept], tensors=_hash(tensors))
     path = Path(folder)/'checkpoint.safetensors'
     with atomic(path) as tmp:
-        try: save_file(tensors, tmp, metadata={'run': json.dumps(head)})
+        try: save_file(tensors, tmp, metadata={'run': json.dumps(seal(head))})
         except SafetensorError as e: raise _as_os_error(e, path) from e
     import pandas as pd
     with atomic(Path(folder)/'metrics.csv') as tmp: pd.DataFrame(run.history).to_csv(tmp, index=False)
@@ -246,9 +249,10 @@ def read_checkpoint(
     try:
         with safe_open(path, 'pt') as f:
             head, tensors = json.loads((f.metadata() or {}).get('run', '{}')), {k: f.get_tensor(k).clone() for k in f.keys()}
+        if head: head = unseal(head, 'its header')
     except (SafetensorError, ValueError, OSError) as e: raise BadCheckpoint(f'{path} is not a whole checkpoint ({e}): delete it to start anew') from e
     if head.get('format') != CHECKPOINT: raise BadCheckpoint(f'{path} is not a checkpoint of this version: delete it to start anew')
-    if head['sha256'] != _hash(tensors): raise BadCheckpoint(f'{path}: its tensors are not what was stored: delete it to start anew')
+    if head['tensors'] != _hash(tensors): raise BadCheckpoint(f'{path}: its tensors are not what was stored: delete it to start anew')
     return head, tensors
 
 def _part(tensors, prefix, device): return {k.removeprefix(prefix): v.to(device) for k, v in tensors.items() if k.startswith(prefix)}
@@ -284,6 +288,7 @@ class _Loop:
     "One iteration after another; `fit` is its public face."
     def __init__(self, run, train, valid, how, bar):
         self.run, self.train, self.valid, self.how, self.bar, self.mark = run, train, valid, how, bar, time.perf_counter()
+        self.ranks = Ranks()
         self.params, self.whole = list(run.learner.theta.values()), True
         self.late = self.params[0].is_cuda            # a look at every iteration's loss would stop the GPU every time
         self.finite = torch.ones(1 + len(self.params), dtype=torch.bool, device=self.params[0].device)
@@ -296,7 +301,7 @@ class _Loop:
         progress = i/how['iterations']
         episodes = self.train.meta_batch(i, how['meta_batch'])
         n_way = self.train.ways_at(i) if hasattr(self.train, 'ways_at') else int(episodes.ys.max()) + 1      # a sampler of one's own need not say
-        g = self.gradient(episodes, progress, n_way)
+        g = self.together(episodes, progress, n_way)
         self.finite = self.finite & torch.stack([v.isfinite().all() for v in (g.loss, *g.grads)])
         if not self.late: self.check()
         grads = [v*how['total'] for v in g.grads] if how['total'] != 1 else g.grads
@@ -307,6 +312,15 @@ class _Loop:
         for k, v in g.stats.items(): run.learner.buffers[k] = torch.lerp(run.learner.buffers[k], v, how['momentum'])
         run.iteration += 1
         run.pending.append((g.loss, g.accuracy))
+
+    def together(self, episodes, progress, n_way):
+        "The meta-gradient of the whole meta-batch, each rank having done its share."
+        if self.ranks.size == 1: return self.gradient(episodes, progress, n_way)
+        n, share = len(episodes.xs), self.ranks.share(len(episodes.xs))
+        mine = share.stop - share.start
+        g = self.gradient(episodes[share if mine else slice(0, 1)], progress, n_way)      # a rank without a task computes one for its shapes, and counts for nothing
+        flat = self.ranks.total([torch.nan_to_num(v)*0 if not mine else v*(mine/n) for v in (g.loss, g.accuracy, *g.grads, *g.stats.values())])
+        return MetaGradient(flat[0], flat[1], flat[2:2 + len(g.grads)], dict(zip(g.stats, flat[2 + len(g.grads):])))
 
     def gradient(self, episodes, progress, n_way):
         "The meta-gradient, by recorded graphs if the plan has them; a learner that cannot be recorded is run, unless a plan was asked for by name."
@@ -395,11 +409,13 @@ def fit(
                   iterations=iterations, meta_batch=meta_batch, meta_lr=meta_lr, schedule=_name(schedule), clip=_name(clip), betas=list(betas), **({'precision': plan.precision} if plan and plan.precision != 'float32' else {}),
                   valid=valid and f'{valid.describe(valid_tasks)}, {valid_tasks} every {valid_every}', select=select, log_every=log_every)
     run = Run(learner, OPTIMIZERS[optimizer](list(learner.theta.values()), meta_lr, betas))
-    if checkpoint and (Path(checkpoint)/'checkpoint.safetensors').exists(): load_checkpoint(run, checkpoint, config)
-    elif checkpoint: save_checkpoint(run, checkpoint, config)       # a folder that cannot be written is found out now
+    ranks = Ranks()
+    if checkpoint and ranks.any((Path(checkpoint)/'checkpoint.safetensors').exists()): load_checkpoint(run, checkpoint, config)
+    elif checkpoint and ranks.first: save_checkpoint(run, checkpoint, config)       # a folder that cannot be written is found out now
     how = dict(iterations=iterations, meta_batch=meta_batch, meta_lr=meta_lr, schedule=schedule, clip=clip, valid_tasks=valid_tasks, select=select, plan=plan, momentum=.1, total=meta_batch if task_loss == 'sum' else 1)
-    with _bar(run.iteration, iterations, progress) as bar:
-        _train(_Loop(run, train, valid, how, bar), checkpoint, config, valid_every, save_every, log_every)
+    with _bar(run.iteration, iterations, progress and ranks.first) as bar:
+        _train(_Loop(run, train, valid, how, bar), checkpoint if ranks.first else None, config, valid_every, save_every, log_every)
+    ranks.wait()                                                    # the last checkpoint is there for every rank
     return _selected(run, keep)
 
 def _name(f): return None if f is None else repr(f) if hasattr(f, '__dataclass_fields__') else f.__name__
@@ -409,6 +425,11 @@ def _bar(start, total, show):
     return tqdm(total=total, initial=start, desc='meta-training', unit='it', disable=not show, mininterval=.5 if tty else 10, ncols=None if tty else 110, leave=tty)
 
 # %% ../nbs/20_training.ipynb #d6bae21c
+def note_progress(folder, run, total):
+    "Leave a line beside the checkpoint for whoever looks on: `.progress.json`. A disk that is full does not stop the training for it."
+    if not folder: return
+    with suppress(OSError): write_json(Path(folder)/'.progress.json', dict(iteration=run.iteration, iterations=total, seconds=run.seconds, best=run.best, **{k: run.history[-1][k] for k in ('loss', 'accuracy')}))
+
 class _Interrupts:
     "Hold back the first Ctrl-C; a second one acts at once."
     def __enter__(self):
@@ -428,12 +449,12 @@ def _train(loop, checkpoint, config, valid_every, save_every, log_every):
     try:
         with _Interrupts() as interrupt:
             while run.iteration < total:
-                if interrupt.asked: raise KeyboardInterrupt
+                if loop.ranks.any(interrupt.asked): raise KeyboardInterrupt       # all ranks, or none
                 loop.whole = False
                 loop.step(); loop.bar.update()
                 at = lambda every: run.iteration % every == 0 or run.iteration == total
                 validate = loop.valid is not None and at(valid_every)
-                if at(log_every) or validate: loop.log()
+                if at(log_every) or validate: loop.log(); note_progress(checkpoint, run, total)
                 if validate: loop.validate()
                 if at(log_every): loop.show()
                 loop.whole = True

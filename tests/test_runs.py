@@ -3,6 +3,7 @@ import json, os, subprocess, sys
 from pathlib import Path
 import nbformat, pytest
 from conftest import ROOT
+from fewshotmeta.files import *
 from fewshotmeta.runs import *
 from fewshotmeta.runs import default_name, merge_parameters, parse_value
 
@@ -68,9 +69,9 @@ def test_a_run_and_its_result(tmp_path):
     nb = notebook(tmp_path)
     result = run(nb, dict(x=3, rate=1))
     folder = tmp_path/'runs'/'demo'/'one'
-    assert files(nb, 'demo', 'one') == ['notebook.ipynb', 'result.json'] and json.loads((folder/'result.json').read_text()) == result
+    assert files(nb, 'demo', 'one') == ['notebook.ipynb', 'result.json'] and read_json(folder/'result.json') == result
     assert result['metrics'] == dict(square=dict(mean=9., ci95=None, n=1)) and result['params'] == dict(x=3, name='a', rate=1., flags=[1, 2], maybe=None, scale='smoke')
-    assert set(result) == {'experiment', 'run', 'notebook', 'scale', 'params', 'metrics', 'episodes_digest', 'seconds', 'device', 'versions', 'commit', 'dirty', 'started', 'finished'}
+    assert set(result) == {'experiment', 'run', 'notebook', 'scale', 'params', 'metrics', 'episodes_digest', 'seconds', 'device', 'digest', 'versions', 'commit', 'dirty', 'started', 'finished'}
     executed = nbformat.read(folder/'notebook.ipynb', 4)
     assert 'injected-parameters' in executed.cells[1].metadata.tags and 'x = 3' in executed.cells[1].source
     assert str(tmp_path) not in (folder/'notebook.ipynb').read_text()
@@ -82,12 +83,14 @@ def test_done_other_force(tmp_path):
     with pytest.raises(BadParameters, match='finished run with another x: choose another --name, or --force'): run(nb, dict(x=4))
     assert run(nb, dict(x=4), force=True)['metrics']['square']['mean'] == 16
     (tmp_path/'runs'/'demo'/'one'/'result.json').write_text('{"params": ')
-    with pytest.raises(BadParameters, match='not a whole result'): run(nb, dict(x=4))
+    with pytest.raises(BadParameters, match='result.json is not whole .*: run again with --force'): run(nb, dict(x=4))
 
 def test_a_notebook_that_raises(tmp_path):
     nb = notebook(tmp_path, 'x = 1', 'raise KeyError("gone")')
     with pytest.raises(RunFailed, match="KeyError: 'gone'(?s:.*)failed.ipynb"): run(nb)
-    assert files(nb, 'demo', 'one') == ['failed.ipynb'] and 'KeyError' in (tmp_path/'runs'/'demo'/'one'/'failed.ipynb').read_text()
+    failed = read_json(tmp_path/'runs'/'demo'/'one'/'failed.json')
+    assert files(nb, 'demo', 'one') == ['failed.ipynb', 'failed.json'] and 'KeyError' in (tmp_path/'runs'/'demo'/'one'/'failed.ipynb').read_text()
+    assert failed['kind'] == 'raised' and "KeyError: 'gone'" in failed['error'] and 'raise KeyError("gone")' in failed['traceback']
     good = notebook(tmp_path)
     run(good)
     assert files(good, 'demo', 'one') == ['notebook.ipynb', 'result.json']
@@ -96,7 +99,7 @@ def test_a_notebook_that_raises(tmp_path):
 def test_one_finite_result(tmp_path, cells, words):
     nb = notebook(tmp_path, 'x = 1', *cells)
     with pytest.raises(RunFailed, match=words): run(nb)
-    assert files(nb, 'demo', 'one') == ['failed.ipynb']
+    assert files(nb, 'demo', 'one') == ['failed.ipynb', 'failed.json']
 
 def test_killed_kernel_is_recorded(tmp_path):
     nb = notebook(tmp_path, 'x = 1', 'import os, signal\nos.kill(os.getpid(), signal.SIGKILL)')
@@ -120,7 +123,7 @@ def test_full_runs_folder(tmp_path, small_disk):
     assert not [p for p in small_disk.rglob('*') if p.name in ('result.json', 'notebook.ipynb') or 'partial' in p.name]
 
 # ---- the command
-def fewshotmeta(*args, **env): return subprocess.run([sys.executable, '-c', 'import sys; from fewshotmeta.runs import main; sys.exit(main())', *args], capture_output=True, text=True, env=os.environ | env)
+def fewshotmeta(*args, **env): return subprocess.run([sys.executable, '-c', 'import sys; from fewshotmeta.command import main; sys.exit(main())', *args], capture_output=True, text=True, env=os.environ | env)
 
 def test_command_run(tmp_path):
     nb = notebook(tmp_path)
@@ -175,7 +178,7 @@ def test_an_interrupted_experiment_continues(tmp_path):
     import signal, time
     nb = ROOT/'nbs'/'experiments'/'train.ipynb'
     args = ['-p', 'iterations=40', 'valid_every=5', 'valid_tasks=4', 'test_tasks=10', 'filters=8', 'meta_batch=2']
-    command = lambda name: [sys.executable, '-c', 'import sys; from fewshotmeta.runs import main; sys.exit(main())', 'run', str(nb), '--runs', str(tmp_path), '--name', f'x/{name}', *args]
+    command = lambda name: [sys.executable, '-c', 'import sys; from fewshotmeta.command import main; sys.exit(main())', 'run', str(nb), '--runs', str(tmp_path), '--name', f'x/{name}', *args]
     subprocess.run(command('whole'), check=True, capture_output=True)
     p = subprocess.Popen(command('killed'), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoint, t = tmp_path/'x'/'killed'/'checkpoint.safetensors', time.time()
@@ -189,7 +192,7 @@ def test_an_interrupted_experiment_continues(tmp_path):
     a, b = (json.loads((tmp_path/'x'/n/'result.json').read_text()) for n in ('whole', 'killed'))
     drop = lambda m: {k: v for k, v in m.items() if k != 'training_seconds'}
     assert drop(a['metrics']) == drop(b['metrics']) and a['episodes_digest'] == b['episodes_digest']
-    assert read_checkpoint(tmp_path/'x'/'whole')[0]['sha256'] == read_checkpoint(checkpoint.parent)[0]['sha256']
+    assert read_checkpoint(tmp_path/'x'/'whole')[0]['tensors'] == read_checkpoint(checkpoint.parent)[0]['tensors']
 
 def _environ(pid):
     try: return Path(f'/proc/{pid}/environ').read_bytes()
@@ -198,7 +201,7 @@ def _environ(pid):
 def test_committed_results_are_whole():
     "Each result under runs/ has its executed notebook, a scale, and the parameters that were injected."
     for path in (ROOT/'runs').glob('*/*/result.json'):
-        result, nb = json.loads(path.read_text()), nbformat.read(path.parent/'notebook.ipynb', 4)
+        result, nb = read_json(path), nbformat.read(path.parent/'notebook.ipynb', 4)
         assert result['scale'] in ('smoke', 'short', 'paper')
         injected = [c.source for c in nb.cells if 'injected-parameters' in c.metadata.get('tags', [])]
         scope = {}; exec(injected[0] if injected else '', scope)

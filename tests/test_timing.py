@@ -3,7 +3,7 @@ import json, sys
 import pytest, torch
 from torch.utils.flop_counter import FlopCounterMode
 from fewshotmeta.all import *
-from fewshotmeta.runs import main
+from fewshotmeta.command import main
 from fewshotmeta.timing import _against_peers, _line, _peak, _spread, _target, plain_net
 
 SMALL = dict(tasks=2, size=16, filters=8, n_query=2)
