@@ -10,7 +10,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 # cells and tests on real data run where there is any
 FLAGS := $(if $(FEWSHOTMETA_DATA),--flags data,)
 
-.PHONY: run test lab clean readme clean-check export-check readme-check notebooks pytest
+.PHONY: run test lab clean readme reliability clean-check export-check readme-check notebooks pytest
 .DEFAULT_GOAL := run
 
 run: $(READY)
@@ -23,6 +23,10 @@ lab: $(READY)
 
 readme: $(READY)
 	$(BIN)/python tests/readme.py --write
+
+# every reliability test at full length (half an hour), and the table of 32_batches
+reliability: $(READY)
+	$(ONE_THREAD) $(BIN)/python tests/reliability.py
 
 clean:
 	rm -rf $(VENV) build dist _docs _proc .pytest_cache *.egg-info

@@ -216,6 +216,7 @@ def _mine(runs, experiment, slug, more):
     try: lock = contextlib.ExitStack(); lock.enter_context(locked(marker(runs, experiment, slug, 'lock'), wait=.3))
     except TimeoutError: raise RunBusy(f'{experiment}/{slug} is being executed by another process{_who(note)}') from None
     with lock:
+        marker(runs, experiment, slug, 'failed.json').unlink(missing_ok=True)
         write_json(note, more | dict(pid=os.getpid(), host=socket.gethostname(), since=time.time()))
         try: yield Path(runs)/experiment/slug
         finally: note.unlink(missing_ok=True)

@@ -1,5 +1,5 @@
 """Shared by all tests: a cache of their own, real data where FEWSHOTMETA_DATA says, visible skips elsewhere."""
-import os, subprocess
+import json, os, subprocess
 from pathlib import Path
 import pytest, torch
 
@@ -13,6 +13,18 @@ def real_data():
     if not root: pytest.skip('no real data: FEWSHOTMETA_DATA is not set')
     if lacking := [r['name'] for r in data_status(root) if not r['found'] and r['name'] != 'cub']: pytest.skip(f'no real data: {root} lacks {", ".join(lacking)}')
     return Path(root)
+
+def full():
+    "Whether the reliability tests run at full length, as `make reliability` does, and leave their figures."
+    return bool(os.environ.get('FEWSHOTMETA_RECORD'))
+
+@pytest.fixture
+def record(request):
+    "`record(what, figure=…)` keeps what a reliability test found, for the table of the documentation."
+    def keep(what, **figures):
+        if full():
+            with open(os.environ['FEWSHOTMETA_RECORD'], 'a') as f: print(json.dumps(dict(what=what, test=request.node.nodeid, **figures)), file=f)
+    return keep
 
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):

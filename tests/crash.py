@@ -1,7 +1,7 @@
 """Kills a small piece of work again and again with SIGKILL, and looks at what is left: `crash.py FOLDER JOBS SEED` prints what it saw.
 The work builds a bank, trains with a checkpoint an iteration, and writes a result. Each job is killed once while building, once while
 training, once while writing a checkpoint and once while writing the result, at a random moment of it, and continued each time."""
-import json, os, random, shutil, signal, sys, time
+import json, os, random, re, shutil, signal, sys, time
 from collections import Counter
 from pathlib import Path
 import numpy as np, torch
@@ -68,14 +68,16 @@ def main(folder, jobs, seed):
     want = read_json(folder/'undisturbed'/'run'/'result.json')
     killed, resumed, identical = Counter(), 0, 0
     for job in range(jobs):
-        place, saved = folder/f'job{job}', 0
-        for phase in 'btcr':
-            said, dead, _ = attempt(place, phase, rng.uniform(0, long[phase]), rng.randint(1, 3) if phase in 'tc' else 1)
+        place, saved, done_in = folder/f'job{job}', 0, ''
+        for phase in 'btcrrr':                                        # a job that is through writes its result again
+            if phase == 'r' and done_in == 'r': continue
+            said, dead, _ = attempt(place, phase, rng.uniform(0, .7*long[phase]), rng.randint(1, 3) if phase in 'tc' else 1)
             assert '!' not in said, said
             if not dead: continue                                     # it was through before the blow fell
             last = [c for c in said if c in PHASES]
-            killed[PHASES[last[-1]] if last else 'starting'] += 1
-            saved = max([saved] + [int(p[1:]) for p in said.replace('b', ';').replace('c', ';').replace('r', ';').replace('t', ';').split(';') if p.startswith('s')])
+            done_in = last[-1] if last else ''
+            killed[PHASES[done_in] if last else 'starting'] += 1
+            saved = max([saved, *map(int, re.findall(r's(\d+);', said))])
             left_whole(place, saved)
             resumed += 1
         said, dead, _ = attempt(place, None, 0, 0)
