@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'TAKEN', 'MARKS', 'COLUMNS', 'BadBatch', 'Planned', 'read_batch', 'State', 'state_of', 'Work',
-           'record_failure', 'Options', 'todo', 'run_batch', 'describe_state', 'headline', 'View', 'summary',
-           'all_results', 'table_of', 'write_table']
+           'record_failure', 'Options', 'todo', 'run_batch', 'squeue', 'slurm_queue', 'describe_state', 'headline',
+           'View', 'summary', 'all_results', 'table_of', 'write_table']
 
 # %% ../nbs/32_batches.ipynb #cf68c33d
 import contextlib, csv, fnmatch, os, re, shutil, signal, socket, subprocess, sys, threading, time, traceback
@@ -109,12 +109,14 @@ def _expanded(doc, scale, parameters, where):
         place = f'{where} runs: {name}:'
         own = dict(_dict(own, place))
         at_scale = _dict(_dict(own.pop('scales', None), f'{place} scales:', SCALES).get(scale), f'{place} scales: {scale}:')
+        if unknown := [s for s in _dict(doc['runs'][name].get('scales') if doc['runs'][name] else None, place) if s not in (doc.get('scales') or {})]: raise BadBatch(f'{place} scales: {unknown[0]!r} is not among the scales of the file')
         layers = [_dict(doc.get('common'), f'{where} common:'), own, _dict((doc.get('scales') or {}).get(scale), f'{where} scales: {scale}:'), at_scale]
         given = {}
         for layer in layers:
             for k, v in layer.items(): given[k] = v if k == 'seed' and isinstance(v, list) else _valued(k, v, parameters, given, place)
         if 'scale' in parameters: given['scale'] = scale
         seeds = given.get('seed')
+        if seeds == []: raise BadBatch(f'{place} seed: the list is empty')
         for seed in seeds if isinstance(seeds, list) else [None]:
             one = given | ({} if seed is None else dict(seed=_valued('seed', seed, parameters, given, place)))
             slug = f'{name}_{scale}' + ('' if seed is None else f'_seed{seed}')
@@ -128,6 +130,7 @@ def _valued(k, v, parameters, given, place):
     if not isinstance(v, str) or kind is str: return v
     if (m := re.fullmatch(r'(\d+\.?\d*|\.\d+)x', v)) and kind in (int, float):
         before = given.get(k, p.default)
+        if isinstance(before, (list, str)): raise BadBatch(f'{place} {k}={v}: a factor of {before!r}')
         return max(1, round(before*float(m[1]))) if kind is int else before*float(m[1])
     try: return parse_value(p, v)
     except BadParameters as e: raise BadBatch(f'{place} {e}') from None
@@ -152,16 +155,18 @@ def state_of(
     queue:dict|None=None, # of the cluster: job to its state
 ) -> State:
     "How a run stands, from what lies in the folder of runs."
-    who = read_marker(p.runs, p.experiment, p.slug)
-    progress = _read(p.folder/'.progress.json')
-    if (p.folder/'result.json').exists():
-        try: return _judged(p, read_json(p.folder/'result.json'))
-        except BadFile as e: return State('broken', str(e), progress=progress)
-    job = who.get('job')
-    if job and (queue or {}).get(job) in ('PENDING', 'REQUEUED', 'CONFIGURING', 'REQUEUE_HOLD'): return State('queued', f'job {job}', progress=progress, who=who)
-    if 'pid' in who and _held(p): return State('running', progress=progress, who=who)
-    if job and job in (queue or {}): return State('running', f'job {job}', progress=progress, who=who)
-    if failed := _read(p.folder/'failed.json') or _read(marker(p.runs, p.experiment, p.slug, 'failed.json')): return State('failed', f'{failed["kind"]}: {failed["error"].splitlines()[0]}', failed, progress, who)
+    who, job = read_marker(p.runs, p.experiment, p.slug), _read(marker(p.runs, p.experiment, p.slug, 'job.json')).get('job')
+    progress, failed = _read(p.folder/'.progress.json'), _read(p.folder/'failed.json') or _read(marker(p.runs, p.experiment, p.slug, 'failed.json'))
+    try:
+        result = read_json(p.folder/'result.json')
+        if not failed or failed['when'] <= result['finished']: return _judged(p, result)
+    except (FileNotFoundError, NotADirectoryError): pass
+    except BadFile as e: return State('broken', str(e), progress=progress)
+    in_queue = (queue or {}).get(job)
+    if in_queue in ('PENDING', 'REQUEUED', 'CONFIGURING', 'REQUEUE_HOLD'): return State('queued', f'job {job}', progress=progress, who=who)
+    if _held(p): return State('running', progress=progress, who=who)
+    if in_queue: return State('running', f'job {job}', progress=progress, who=who)
+    if failed: return State('failed', f'{failed["kind"]}: {(failed["error"].splitlines() or [""])[0]}', failed, progress, who)
     begun = (p.folder/'checkpoint.safetensors').exists() or who
     return State('stopped' if begun else 'waiting', f'at iteration {progress["iteration"]:,} of {progress["iterations"]:,}' if progress else '', progress=progress, who=who)
 
@@ -185,8 +190,10 @@ def _read(path):
 
 def _held(p):
     "Whether a living process has the run's lock."
+    lock = marker(p.runs, p.experiment, p.slug, 'lock')
+    if not lock.exists(): return False
     try:
-        with locked(marker(p.runs, p.experiment, p.slug, 'lock'), wait=0): return False
+        with locked(lock, wait=0): return False
     except TimeoutError: return True
     except OSError: return False
 
@@ -201,6 +208,7 @@ class Work:
         _settle(o, part)
         done, mine = [], o['runs'] if o['shared'] else o['runs'][part:part + 1]
         for r in mine:
+            if o['executor'] == 'local' and not _lives(o['batch']): break             # killed: who starts it again hires anew
             p = Planned(**r | dict(notebook=Path(r['notebook']), runs=Path(r['runs'])))
             if _wanted(p, o): done += [p.name] if _carry_out(p, o) else []
         return done
@@ -208,6 +216,7 @@ class Work:
     def checkpoint(self, *args):
         "What submitit puts into the queue when the cluster takes the node back: the same again. The run has its own checkpoint."
         from submitit.helpers import DelayedSubmission
+        TAKEN.set()
         return DelayedSubmission(self, *args)
 
 TAKEN = threading.Event()       # Slurm has told us to go: it told the kernel, too, whose end is no failure then
@@ -217,7 +226,7 @@ def _settle(o, part):
     if o['executor'] == 'local':
         def stop(*_): raise KeyboardInterrupt
         signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, lambda *_: None)      # the batch tells us; ignored by a handler, so that kernels do not inherit it
+        for s in (signal.SIGINT, signal.SIGHUP): signal.signal(s, lambda *_: None)      # the batch tells us; ignored by a handler, so that kernels do not inherit it
         gpu = str(o['gpus'][part % len(o['gpus'])]) if o['gpus'] else o['visible']       # submitit hides them all
         if gpu is None: os.environ.pop('CUDA_VISIBLE_DEVICES', None)
         else: os.environ['CUDA_VISIBLE_DEVICES'] = gpu
@@ -227,20 +236,31 @@ def _settle(o, part):
 def _wanted(p, o):
     "Whether a run is still to be executed: not finished, and not failed in this batch."
     s = state_of(p)
-    if p.name in o['again']: return not s.result or s.result.get('finished', s.result.get('when', '')) < o['since']      # asked for anew, and not made since
-    return not s.done and s.kind not in ('changed', 'running') and not (s.kind == 'failed' and s.result['when'] >= o['since'])
+    if p.name in o['again']: return _when(s) < o['since']                  # asked for anew, and not made since
+    return not s.done and s.kind != 'changed' and not (s.kind == 'failed' and s.result['when'] >= o['since'])
 
 def _carry_out(p, o):
     "Execute a run; what goes wrong is recorded. Whether it was ours to execute."
     print(f'{_now()} {p.name}', flush=True)
     job = os.environ.get('SLURM_ARRAY_JOB_ID') and f'{os.environ["SLURM_ARRAY_JOB_ID"]}_{os.environ["SLURM_ARRAY_TASK_ID"]}' or os.environ.get('SLURM_JOB_ID')
-    if state_of(p).kind == 'broken': (p.folder/'result.json').unlink()
-    try: run_notebook(p.notebook, p.given, p.name, p.runs, force=p.name in o['again'] and not _begun_since(p, o), quiet=True, limit=o['limit'], note=dict(job=job) if job else {})
+    try:
+        if state_of(p).kind == 'broken': (p.folder/'result.json').unlink(missing_ok=True)
+        again = p.name in o['again'] and not _begun_since(p, o)
+        run_notebook(p.notebook, p.given, p.name, p.runs, force=again, quiet=True, limit=o['limit'], since=o['since'], note=dict(job=job) if job else {})
     except RunBusy: return False
     except RunFailed as e:                                                       # the runner has recorded it
         print(f'{p.name}: {e}', file=sys.stderr)
-        if o['executor'] == 'slurm' and e.kind == 'killed' and TAKEN.wait(2): (p.folder/'failed.json').unlink(missing_ok=True); raise SystemExit('the cluster takes the node back') from e
+        if o['executor'] == 'slurm' and e.kind == 'killed' and TAKEN.wait(2): (p.folder/'failed.json').unlink(missing_ok=True); time.sleep(60); raise SystemExit('the cluster takes the node back') from e
     except Exception as e: record_failure(p, type(e).__name__, str(e), traceback.format_exc())
+    return True
+
+def _when(s):
+    "When a run's last result or failure was; empty if there is none."
+    return s.result.get('finished', s.result.get('when', ''))
+
+def _lives(pid):
+    try: os.kill(pid, 0)
+    except OSError: return False
     return True
 
 def _begun_since(p, o):
@@ -266,24 +286,26 @@ class Options:
     force:bool=False    # run again what is finished
     stale:bool=False    # run again what was finished by other code
     limit:float=0       # minutes that a run may take; 0: no limit
-    slurm:dict=field(default_factory=dict) # more for sbatch, as submitit names it: partition, time (minutes), mem_gb, …
+    slurm:dict=field(default_factory=dict) # more for sbatch, as submitit names it: partition, time (minutes), mem, gpus_per_node, …
     def __post_init__(self):
         check_size('jobs', self.jobs, 0)
         if self.executor not in ('local', 'slurm'): raise ValueError(f'executor={self.executor!r}: choose local or slurm')
         if self.limit < 0: raise ValueError(f'limit={self.limit}: minutes, 0 for none')
         if self.executor == 'slurm' and not shutil.which('sbatch'): raise ValueError('executor=slurm, but there is no sbatch here: run it where the cluster takes jobs, or with executor=local')
+        if self.executor == 'slurm' and self.gpus: raise ValueError(f'gpus={self.gpus}: on a cluster ask for them, as in --slurm gpus_per_node=1')
+        if not isinstance(self.slurm.get('time', 1), int): raise ValueError(f'slurm time={self.slurm["time"]!r}: a whole number of minutes')
         if self.executor == 'local' and self.slurm: raise ValueError(f'slurm={self.slurm}: for executor=slurm only')
 
     @property
     def at_once(self) -> int:
         "Runs at a time."
-        return self.jobs or len(self.gpus) or 1
+        return self.jobs or (256 if self.executor == 'slurm' else len(self.gpus) or 1)
 
-def todo(planned:list, options:Options) -> dict:
+def todo(planned:list, options:Options, queue:dict|None=None) -> dict:
     "Why each run is to be executed; those that are not are left out."
     out = {}
     for p in planned:
-        s = state_of(p)
+        s = state_of(p, queue)
         if options.force: out[p] = 'again'
         elif s.kind == 'done, other code' and options.stale: out[p] = 'again: ' + s.note
         elif not s.done and s.kind != 'changed': out[p] = dict(waiting='new', stopped='continues', failed='tries again', broken='made again', running='watched', queued='watched')[s.kind]
@@ -296,12 +318,12 @@ def run_batch(
     show=None,            # called every second with the runs and their states
 ) -> dict:                # the states, by run
     "Execute the runs of a batch. Raises `KeyboardInterrupt` after stopping the workers."
-    why = todo(planned, options)
-    crew = (_Local if options.executor == 'local' else _Slurm)(list(why), options)
+    why = todo(planned, options, slurm_queue(planned))
+    crew, states = (_Local if options.executor == 'local' else _Slurm)(list(why), options), {}
     try:
         with _Stop() as stop:
             while True:
-                states = {p: state_of(p, crew.queue()) for p in planned}
+                states = {p: _glance(p, crew.queue(), states) for p in planned}
                 if show: show(states)
                 left = [p for p in why if crew.wanted(p, states[p])]
                 if stop.asked: raise KeyboardInterrupt
@@ -309,9 +331,16 @@ def run_batch(
                 crew.keep(left, states)
                 stop.wait(1.)
     except BaseException: crew.stop(); raise
-    states = {p: state_of(p) for p in planned}
+    states = {p: state_of(p, crew.queue()) for p in planned}
+    for p in why:
+        if states[p].done and crew.wanted_again(states[p]): states[p] = State('stopped', f'it was to be made again, and was not; logs are in {crew.folder}')
     if all(s.done for s in states.values()): crew.clean()
     return states
+
+def _glance(p, queue, before):
+    "A run's state; what it was, if a file is being replaced at this moment."
+    try: return state_of(p, queue)
+    except (OSError, ValueError): return before.get(p) or State('waiting')
 
 class _Stop:
     "Turn Ctrl-C, SIGTERM and a closed terminal into a question that the loop asks."
@@ -319,7 +348,8 @@ class _Stop:
     def __enter__(self):
         self.event, self.old = threading.Event(), {}
         if threading.current_thread() is threading.main_thread():
-            self.old = {s: signal.signal(getattr(signal, s), lambda *_: self.event.set()) for s in self.SIGNALS if hasattr(signal, s)}
+            heeded = [s for s in self.SIGNALS if hasattr(signal, s) and signal.getsignal(getattr(signal, s)) != signal.SIG_IGN]      # not those that nohup ignores
+            self.old = {s: signal.signal(getattr(signal, s), lambda *_: self.event.set()) for s in heeded}
         return self
     def __exit__(self, *_):
         for s, f in self.old.items(): signal.signal(getattr(signal, s), f)
@@ -337,15 +367,19 @@ class _Crew:
 
     def wanted(self, p, s):
         "Whether a run still has to be made, or watched."
-        if self.options.force or self.options.stale and s.kind.startswith('done'): return s.result.get('finished', s.result.get('when', '')) < self.since or s.kind in ('running', 'queued')
+        if self.options.force or self.options.stale and s.done: return self.wanted_again(s)
         return not s.done and s.kind != 'changed' and not (s.kind == 'failed' and s.result['when'] >= self.since)
+
+    def wanted_again(self, s):
+        "Whether a run that is made anew is not made yet."
+        return (self.options.force or self.options.stale and s.kind != 'done') and (_when(s) < self.since or s.kind in ('running', 'queued'))
 
     def write_orders(self, runs, **how):
         "The workers' orders, in a file."
         again = [p.name for p in runs if self.options.force or self.options.stale and state_of(p).done]
         rows = [dict(experiment=p.experiment, slug=p.slug, notebook=str(p.notebook.absolute()), given=p.given, params=p.params, runs=str(p.runs.absolute())) for p in runs]
         self.orders = self.folder/f'orders{len(self.jobs)}.json'
-        write_json(self.orders, dict(runs=rows, again=again, since=self.since, began=self.began, limit=self.options.limit, executor=self.options.executor, **how))
+        write_json(self.orders, dict(runs=rows, again=again, since=self.since, began=self.began, limit=self.options.limit, executor=self.options.executor, batch=os.getpid(), **how))
 
     def queue(self): return {}
     def clean(self):
@@ -359,7 +393,8 @@ class _Local(_Crew):
         self.bury(states)
         free = [p for p in left if states[p].kind not in ('running', 'queued')]
         self.look_for_sense(free, states)
-        for _ in range(min(self.options.at_once - len(self.alive()), len(free))): self.hire()
+        busy = sum(s.kind == 'running' and s.who.get('host') == socket.gethostname() for s in states.values())      # also by workers of a batch that was killed
+        for _ in range(min(self.options.at_once - max(len(self.alive()), busy), len(free))): self.hire()
 
     def hire(self):
         import submitit
@@ -370,9 +405,10 @@ class _Local(_Crew):
             self.executor.update_parameters(timeout_min=60*24*365)
         taken = {job.part for job in self.alive()}
         part = next(i for i in range(self.options.at_once) if i not in taken)
-        old = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None      # workers inherit it
+        old = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGHUP)} if _in_main_thread() else {}      # workers inherit it
         try: job = self.executor.submit(Work(), str(self.orders), part)
-        finally: old is None or signal.signal(signal.SIGINT, old)
+        finally:
+            for s, f in old.items(): signal.signal(s, f)
         job.part = part
         self.jobs.append(job)
 
@@ -392,7 +428,7 @@ class _Local(_Crew):
     def bury(self, states):
         "Count whom a dead worker left behind; a run that took three with it is given up."
         for p, s in states.items():
-            if s.kind == 'stopped' and s.who.get('host') == socket.gethostname() and s.who['since'] >= self.began and (p, s.who['since']) not in self.deaths:
+            if s.kind == 'stopped' and s.who.get('host') == socket.gethostname() and s.who.get('since', 0) >= self.began and (p, s.who['since']) not in self.deaths:
                 self.deaths[p, s.who['since']] = True
                 if sum(q == p for q, _ in self.deaths) == 3: record_failure(p, 'killed', f'three workers died in it; their logs are in {self.folder}')
 
@@ -406,33 +442,56 @@ def _in_main_thread():
     return threading.current_thread() is threading.main_thread()
 
 # %% ../nbs/32_batches.ipynb #a2db7101
+def squeue() -> dict|None:
+    "This user's jobs in Slurm's queue and their states; none if it does not answer."
+    try: out = subprocess.run(['squeue', '-h', '-r', '-u', str(os.getuid()), '-o', '%i %T'], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired): return None
+    return None if out.returncode else dict(line.split() for line in out.stdout.splitlines())
+
+def slurm_queue(planned:list) -> dict:
+    "The queue, if any of these runs was ever put into one."
+    return (shutil.which('squeue') and any(marker(p.runs, p.experiment, p.slug, 'job.json').exists() for p in planned) and squeue()) or {}
+
 class _Slurm(_Crew):
     "Workers that Slurm starts, one a run."
     def __init__(self, planned, options):
         super().__init__(planned, options)
-        self.asked, self.seen, self.submitted = 0., {}, set()
+        self.asked, self.seen, self.job_of, self.gone = -10., None, {}, set()
 
     def queue(self):
-        "Jobs of this user and their states, asked every few seconds."
+        "Asked every few seconds; while it does not answer, what it said last; none if it never did."
         if time.monotonic() - self.asked > 2:
-            out = subprocess.run(['squeue', '-h', '-r', '-u', str(os.getuid()), '-o', '%i %T'], capture_output=True, text=True, timeout=60)
-            if out.returncode == 0: self.seen, self.asked = dict(line.split() for line in out.stdout.splitlines()), time.monotonic()     # else the cluster does not answer: what we knew
+            now, self.asked = squeue(), time.monotonic()
+            if now is not None: self.seen = now
         return self.seen
 
     def keep(self, left, states):
         "Submit, once, what nobody has."
-        new = [p for p in left if p not in self.submitted and states[p].kind not in ('running', 'queued')]
-        if not new: return
+        self.explain(states)
+        new = [p for p in left if p not in self.job_of and states[p].kind not in ('running', 'queued')]
+        if not new or self.queue() is None: return
         import submitit
         self.write_orders(new, shared=False, threads=0, gpus=[], visible=None)
         executor = submitit.SlurmExecutor(self.folder/'%j', max_num_timeout=100)
-        executor.update_parameters(**dict(job_name=new[0].experiment, time=24*60, array_parallelism=self.options.at_once if self.options.jobs else 256) | self.options.slurm)
-        jobs = executor.map_array(Work(), [str(self.orders)]*len(new), range(len(new)))
-        for p, job in zip(new, jobs): write_json(marker(p.runs, p.experiment, p.slug), dict(job=job.job_id, since=time.time()))
-        self.submitted |= set(new); self.jobs += jobs; self.asked = 0.
+        try:
+            executor.update_parameters(**dict(job_name=new[0].experiment, time=24*60, array_parallelism=self.options.at_once) | self.options.slurm)
+            jobs = executor.map_array(Work(), [str(self.orders)]*len(new), range(len(new)))
+        except (RuntimeError, TypeError) as e: raise ValueError(f'Slurm did not take the jobs: {e}') from e
+        for p, job in zip(new, jobs): write_json(marker(p.runs, p.experiment, p.slug, 'job.json'), dict(job=job.job_id)); self.job_of[p] = job.job_id
+        self.jobs += jobs
+        self.seen = self.seen | {j.job_id: 'PENDING' for j in jobs}; self.asked = time.monotonic()
 
-    def alive(self): return [j for j in self.jobs if j.job_id in self.queue()]
-    def wanted(self, p, s): return super().wanted(p, s) and (p not in self.submitted or s.kind in ('running', 'queued'))
+    def explain(self, states):
+        "A job that left the queue without a word: what Slurm says of it."
+        for p, job in self.job_of.items():
+            if p in self.gone or self.queue() is None or job in self.queue() or states[p].kind != 'stopped' and states[p].kind != 'waiting': continue
+            self.gone.add(p)
+            out = subprocess.run(['scontrol', 'show', 'job', '-o', job], capture_output=True, text=True)
+            how = (re.search(r'JobState=(\w+)', out.stdout) or ['', 'gone'])[1]
+            if how != 'CANCELLED': record_failure(p, how.lower(), f'Slurm ended job {job} without a result; its logs are in {self.folder}')
+
+    def alive(self): return [j for j in self.jobs if self.queue() is None or j.job_id in self.queue()]
+    def wanted(self, p, s): return super().wanted(p, s) and (p not in self.job_of or s.kind in ('running', 'queued'))
     def stop(self): print(f'the jobs stay in the queue: `squeue` lists them, `scancel {self.jobs[0].job_id.split("_")[0]}` takes them back' if self.jobs else '', file=sys.stderr)
 
 # %% ../nbs/32_batches.ipynb #d76a46d7

@@ -13,7 +13,7 @@ from .files import *
 from .runs import *
 from .runs import device_name, parse_value, provenance, _shown
 from .batches import *
-from .batches import describe_state, headline, summary, todo
+from .batches import describe_state, headline, slurm_queue, summary, todo
 
 # %% ../nbs/40_command.ipynb #bb3c013a
 def _cmd_run(a):
@@ -24,6 +24,7 @@ def _cmd_run(a):
         if not eq: raise BadParameters(f'-p {item}: expected name=value')
         given[name] = parse_value(known[name], text) if name in known else text
     result = run_notebook(a.notebook, given, a.name, a.runs, a.force, limit=a.limit)
+    if int(os.environ.get('RANK', 0)): return                   # under torchrun the first rank speaks
     folder = Path(a.runs or project_folder(a.notebook)/'runs')/result['experiment']/result['run']
     _say_result(result, folder, a)
 
@@ -56,8 +57,9 @@ def _cmd_batch(a):
     return 1 if failed else 0
 
 def _dry_run(planned, options):
-    why = todo(planned, options)
-    for p in planned: print(f'{p.name:44s} {why.get(p, "left alone: " + state_of(p).kind)}\n{"":8s}' + ' '.join(f'{k}={v}' for k, v in p.given.items()))
+    queue = slurm_queue(planned)
+    why = todo(planned, options, queue)
+    for p in planned: print(f'{p.name:44s} {why.get(p, "left alone: " + state_of(p, queue).kind)}\n{"":8s}' + ' '.join(f'{k}={v}' for k, v in p.given.items()))
     print(f'\n{len(why)} of {len(planned)} runs would be executed, {options.at_once} at a time, by the executor {options.executor}; nothing was done')
 
 def _numbers(text):
@@ -73,7 +75,8 @@ def _pairs(items):
 def _cmd_status(a):
     if a.files: planned = [p for f in a.files for p in read_batch(f, a.scale, runs=a.runs)]
     else: planned = []
-    states = {p: state_of(p) for p in planned}
+    queue = slurm_queue(planned)
+    states = {p: state_of(p, queue) for p in planned}
     for p, s in states.items(): print(describe_state(p, s))
     if planned: print(summary(states)); return 0
     return _overview(Path(a.runs or 'runs'))

@@ -23,10 +23,15 @@ class Ranks:
     @staticmethod
     def _join():
         "Find the other processes, as torchrun's variables say."
-        cuda = torch.cuda.is_available()
-        if cuda: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count())
+        cuda, mine = torch.cuda.is_available(), int(os.environ.get('LOCAL_RANK', 0))
+        if cuda and mine >= torch.cuda.device_count(): raise ValueError(f'{os.environ.get("LOCAL_WORLD_SIZE", mine + 1)} ranks on {torch.cuda.device_count()} GPUs: give torchrun as many as there are, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU')
         dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(minutes=30))
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+
+    def check_device(self, device:torch.device):
+        "Refuse a GPU that another rank has. Raises `ValueError`."
+        if self.size > 1 and device.type == 'cuda' and device.index not in (None, torch.cuda.current_device()):
+            raise ValueError(f'rank {self.rank}: the parameters are on {device}, its own GPU is cuda:{torch.cuda.current_device()}: put learner and bank on "cuda"')
 
     @property
     def first(self) -> bool:
@@ -56,3 +61,6 @@ class Ranks:
     def wait(self):
         "Until all ranks are here."
         self.any(False)
+
+# %% ../nbs/18_ranks.ipynb #ee641141
+if 'LOCAL_RANK' in os.environ and torch.cuda.is_available() and int(os.environ['LOCAL_RANK']) < torch.cuda.device_count(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))

@@ -173,6 +173,7 @@ def run_notebook(
     force:bool=False,  # run again what is finished, from the start
     quiet:bool=False,  # do not show the notebook's own output
     limit:float=0,     # minutes after which the run is stopped; 0: no limit
+    since:str='',      # with `force`: a result that was finished after this time (ISO 8601, UTC) is not made again
     note:dict|None=None, # left beside the run's lock while it goes on, for who looks
 ) -> dict:             # the result, as in result.json
     "Execute a notebook by papermill. Raises `BadParameters`, `RunBusy`, `RunFailed`, `OSError`; leaves nothing half-written."
@@ -181,10 +182,13 @@ def run_notebook(
     params = merge_parameters(read_parameters(notebook), given)
     experiment, slug = _split_name(name or default_name(given), notebook.stem)
     runs = Path(runs or project_folder(notebook)/'runs')
-    if (done := _finished(runs/experiment/slug, notebook.name, params, force)) is not None: return done
+    if (done := _finished(runs/experiment/slug, notebook.name, params, force, since)) is not None: _forget_failure(runs, experiment, slug); return done
     if int(os.environ.get('RANK', 0)): return _follow(notebook, runs/experiment/slug, params, given, limit)
     with _mine(runs, experiment, slug, note or {}) as folder:
-        if (done := _finished(folder, notebook.name, params, force)) is not None: return done    # finished while we waited
+        if (done := _finished(folder, notebook.name, params, force, since)) is not None:         # finished while we waited
+            if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise RunBusy(f'{experiment}/{slug} was finished by another process just now')      # the other ranks must not wait for us
+            return done
+        package_digest.cache_clear()                                                             # a kernel imports the code of now
         _prepare(folder, force)
         started, t, origin = _now(), time.perf_counter(), dict(digest=digests(notebook, params), **provenance())   # now: a long run may see other commits
         try: left = _execute(notebook, folder, {k: v for k, v in params.items() if k in given}, quiet, limit)
@@ -201,7 +205,12 @@ def run_notebook(
 def _follow(notebook, folder, params, given, limit):
     "Under torchrun, every rank but the first executes the same notebook and shares its training; what it writes is thrown away."
     with tempfile.TemporaryDirectory() as tmp:
-        left = _execute(notebook, Path(tmp), {k: v for k, v in params.items() if k in given}, True, limit, folder)
+        try: left = _execute(notebook, Path(tmp), {k: v for k, v in params.items() if k in given}, True, limit, folder)
+        except RunFailed as e:                              # torchrun stops the first rank, which then has no time to say anything
+            what = f'rank {os.environ["RANK"]}: {e}'
+            print(f'{what}\n{e.trace}', file=sys.stderr)
+            with contextlib.suppress(OSError): write_json(folder/'failed.json', dict(kind=e.kind, error=what, traceback=e.trace, when=_now(), params=params, digest={}))
+            raise
     return left | dict(experiment=folder.parent.name, run=folder.name, scale=params.get('scale'), params=params, seconds=0.)
 
 # %% ../nbs/30_runs.ipynb #f00912e8
@@ -216,15 +225,19 @@ def _mine(runs, experiment, slug, more):
     try: lock = contextlib.ExitStack(); lock.enter_context(locked(marker(runs, experiment, slug, 'lock'), wait=.3))
     except TimeoutError: raise RunBusy(f'{experiment}/{slug} is being executed by another process{_who(note)}') from None
     with lock:
-        marker(runs, experiment, slug, 'failed.json').unlink(missing_ok=True)
+        _forget_failure(runs, experiment, slug)
         write_json(note, more | dict(pid=os.getpid(), host=socket.gethostname(), since=time.time()))
         try: yield Path(runs)/experiment/slug
         finally: note.unlink(missing_ok=True)
 
+def _forget_failure(runs, experiment, slug):
+    for f in (Path(runs)/experiment/slug/'failed.json', marker(runs, experiment, slug, 'failed.json')):
+        with contextlib.suppress(NotADirectoryError): f.unlink(missing_ok=True)
+
 def read_marker(runs, experiment, slug) -> dict:
     "Who executes a run, or executed it when it was killed; empty if nobody."
     try: return read_json(marker(runs, experiment, slug))
-    except (BadFile, FileNotFoundError): return {}
+    except (BadFile, OSError): return {}
 
 def _who(note):
     try: m = read_json(note); return f' (process {m["pid"]} on {m["host"]})'
@@ -238,12 +251,16 @@ def _split_name(name, stem):
     experiment, _, slug = name.rpartition('/')
     return experiment or stem, slug
 
-def _finished(folder, notebook, params, force):
+def _finished(folder, notebook, params, force, since=''):
     "The result of a run that is done already; `BadParameters` if it was another one."
     path = folder/'result.json'
-    if force or not path.exists(): return None
+    if force and not since: return None
     try: result = read_json(path)
-    except BadFile as e: raise BadParameters(f'{e}: run again with --force') from None
+    except FileNotFoundError: return None
+    except BadFile as e:
+        if force: return None
+        raise BadParameters(f'{e}: run again with --force') from None
+    if force and result['finished'] < since: return None
     if result['notebook'] != notebook: raise BadParameters(f'{folder} holds a finished run of {result["notebook"]}: choose another --name, or --force to replace it')
     if result['params'] != params:
         other = [k for k in params | result['params'] if result['params'].get(k) != params.get(k)]
@@ -254,10 +271,10 @@ def _prepare(folder, force):
     "Make the folder, and find out now whether it can be written."
     with atomic(folder/'.writable') as tmp: tmp.write_text('')
     (folder/'.writable').unlink()
-    for f in ('failed.json', 'failed.ipynb'): (folder/f).unlink(missing_ok=True)
+    (folder/'failed.ipynb').unlink(missing_ok=True)
     if force:
         for f in ('result.json', 'notebook.ipynb', 'metrics.csv', 'checkpoint.safetensors', '.progress.json'): (folder/f).unlink(missing_ok=True)
-    for f in folder.glob('.*.partial*'): f.unlink()              # of a process that was killed; the run is ours
+    for f in folder.glob('.*.partial*'): f.unlink(missing_ok=True)              # of a process that was killed; the run is ours
 
 def _environment(folder):
     "What the kernel's environment has besides ours: the run's folder, an allocator that keeps freed memory, one thread an operation."

@@ -410,6 +410,7 @@ def fit(
                   valid=valid and f'{valid.describe(valid_tasks)}, {valid_tasks} every {valid_every}', select=select, log_every=log_every)
     run = Run(learner, OPTIMIZERS[optimizer](list(learner.theta.values()), meta_lr, betas))
     ranks = Ranks()
+    ranks.check_device(next(iter(learner.theta.values())).device)
     if checkpoint and ranks.any((Path(checkpoint)/'checkpoint.safetensors').exists()): load_checkpoint(run, checkpoint, config)
     elif checkpoint and ranks.first: save_checkpoint(run, checkpoint, config)       # a folder that cannot be written is found out now
     how = dict(iterations=iterations, meta_batch=meta_batch, meta_lr=meta_lr, schedule=schedule, clip=clip, valid_tasks=valid_tasks, select=select, plan=plan, momentum=.1, total=meta_batch if task_loss == 'sum' else 1)

@@ -62,26 +62,35 @@ def left_whole(folder, saved):
     else: assert not saved, 'the checkpoint is lost'
     if (run/'result.json').exists(): read_json(run/'result.json')
 
+def iteration(folder): return read_checkpoint(folder/'run')[0]['iteration'] if (folder/'run'/'checkpoint.safetensors').exists() else -1      # the first checkpoint is of iteration 0
+
 def main(folder, jobs, seed):
     rng, folder = random.Random(seed), Path(folder)
     long = durations(folder/'undisturbed')
     want = read_json(folder/'undisturbed'/'run'/'result.json')
     killed, resumed, identical = Counter(), 0, 0
+    def continues(said, saved):
+        "Whether an attempt went on where the last whole checkpoint was."
+        first = re.search(r's(\d+);', said)
+        return first is None or int(first[1]) == saved + 1
     for job in range(jobs):
-        place, saved, done_in = folder/f'job{job}', 0, ''
+        place, saved, done_in, blows = folder/f'job{job}', 0, '', 0
         for phase in 'btcrrr':                                        # a job that is through writes its result again
             if phase == 'r' and done_in == 'r': continue
             said, dead, _ = attempt(place, phase, rng.uniform(0, .7*long[phase]), rng.randint(1, 3) if phase in 'tc' else 1)
             assert '!' not in said, said
+            resumed += blows and continues(said, saved_then)
+            blows = 0
             if not dead: continue                                     # it was through before the blow fell
             last = [c for c in said if c in PHASES]
             done_in = last[-1] if last else ''
             killed[PHASES[done_in] if last else 'starting'] += 1
             saved = max([saved, *map(int, re.findall(r's(\d+);', said))])
             left_whole(place, saved)
-            resumed += 1
+            blows, saved_then = 1, iteration(place)
         said, dead, _ = attempt(place, None, 0, 0)
         assert said.endswith('e'), said
+        resumed += blows and continues(said, saved_then)
         identical += read_json(place/'run'/'result.json') == want
         shutil.rmtree(place)
     print(json.dumps(dict(kills=sum(killed.values()), where=dict(killed), resumed=resumed, jobs=jobs, identical=identical)))

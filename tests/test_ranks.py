@@ -23,7 +23,10 @@ learner = to_dtype(learner, torch.float64)
 import fewshotmeta.training as T
 step = T._Loop.step
 def stopping(self):
-    if stop and self.run.iteration == stop: raise KeyboardInterrupt
+    if stop > 0 and self.run.iteration == stop: raise KeyboardInterrupt
+    if stop < 0 and self.ranks.rank == 1 and self.run.iteration == -stop:
+        if stop == -3: raise ValueError('rank 1 has had enough')
+        import os, signal; os.kill(os.getpid(), signal.SIGINT)
     return step(self)
 T._Loop.step = stopping
 run = fit(learner, tasks, iterations, meta_batch=5, meta_lr=3e-3, schedule='cosine', clip=10., valid=tasks, valid_tasks=4, valid_every=4, save_every=2, log_every=2, checkpoint=folder, progress=False)
@@ -33,7 +36,7 @@ if Ranks().first: print('done', run.iteration)
 def train(tmp_path, ranks, method='maml', folder='run', iterations=8, stop=0):
     (tmp_path/'train.py').write_text(SCRIPT)
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks)] if ranks else [sys.executable]
-    return subprocess.run([*launch, str(tmp_path/'train.py'), method, str(tmp_path/folder), str(iterations), str(stop)], capture_output=True, text=True)
+    return subprocess.run([*launch, str(tmp_path/'train.py'), method, str(tmp_path/folder), str(iterations), str(stop)], capture_output=True, text=True, timeout=300)
 
 def same(a, b, eps):
     (ha, ta), (hb, tb) = read_checkpoint(a), read_checkpoint(b)
@@ -60,6 +63,14 @@ def test_resume_on_another_number_of_ranks(tmp_path):
     assert 'done 8' in (out := train(tmp_path, 6, folder='six')).stdout, out.stderr
     same(tmp_path/'one', tmp_path/'six', 1e-10)
 
+def test_what_one_rank_is_told_all_do(tmp_path):
+    "Ctrl-C that reaches one rank only: all stop after the same iteration, which is saved. An error in one: torchrun ends them all."
+    out = train(tmp_path, 2, folder='stopped', stop=-5)
+    assert out.returncode and read_checkpoint(tmp_path/'stopped')[0]['iteration'] == 6, out.stderr
+    assert 'done 8' in train(tmp_path, 2, folder='stopped').stdout
+    out = train(tmp_path, 2, folder='failed', stop=-3)
+    assert out.returncode and 'rank 1 has had enough' in out.stderr and read_checkpoint(tmp_path/'failed')[0]['iteration'] == 2
+
 def test_shares():
     r = Ranks()
     for size in range(1, 9):
@@ -73,8 +84,8 @@ def test_an_experiment_under_torchrun(tmp_path):
     "The runner on two ranks: one result, and the accuracy of one process."
     nb = ROOT/'nbs'/'experiments'/'train.ipynb'
     args = ['-m', 'fewshotmeta.command', 'run', str(nb), '--runs', str(tmp_path), '-p', 'iterations=4', 'valid_every=2', 'valid_tasks=4', 'test_tasks=10', 'filters=4', 'meta_batch=4', 'test_steps=1']
-    one = subprocess.run([sys.executable, *args, '--name', 'x/one'], capture_output=True, text=True)
-    two = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', *args, '--name', 'x/two'], capture_output=True, text=True)
+    one = subprocess.run([sys.executable, *args, '--name', 'x/one'], capture_output=True, text=True, timeout=300)
+    two = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', *args, '--name', 'x/two'], capture_output=True, text=True, timeout=300)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     a, b = (read_json(tmp_path/'x'/n/'result.json')['metrics'] for n in ('one', 'two'))
     assert abs(a['test_accuracy']['mean'] - b['test_accuracy']['mean']) < .1

@@ -93,6 +93,19 @@ def test_a_stopped_batch_leaves_its_jobs_and_finds_them_again(slurm, batch, tmp_
     out = fewshotmeta('batch', path, '--runs', tmp_path/'runs', *ARGS)
     assert out.returncode == 0 and sorted(traces(path)) == [f'a_smoke_seed{i}' for i in range(3)], out.stdout + out.stderr
 
+def test_a_job_that_is_cancelled_and_one_that_the_node_kills(slurm, batch, tmp_path):
+    "scancel is no failure: the next batch makes the run; a worker that dies is recorded with what Slurm says. And what Slurm refuses is said."
+    path = batch(dict(a=dict(name='hang'), b=dict(name='kill')), cells=(SLOW[0], 'if name == "hang": time.sleep(600)\nif name == "kill":\n    time.sleep(2); os.kill(os.getppid(), signal.SIGKILL); time.sleep(60)'))
+    p = subprocess.Popen(command('batch', path, '--runs', tmp_path/'runs', *ARGS), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: (tmp_path/'traces').exists() and 'a_smoke' in traces(path))
+    until(lambda: 'running' in fewshotmeta('status', path, '--runs', tmp_path/'runs').stdout, 20)
+    subprocess.run(['scancel', next(j for j in jobs() if j.endswith('_0'))], check=True)
+    out = p.communicate(timeout=120)[0]
+    assert p.returncode == 1 and kinds(path)['a_smoke'] in ('waiting', 'stopped'), out       # it had saved nothing
+    assert kinds(path)['b_smoke'] == 'failed' and 'Slurm ended job' in read_json(tmp_path/'runs'/'table'/'b_smoke'/'failed.json')['error'], out
+    out = fewshotmeta('batch', path, '--runs', tmp_path/'runs', '--executor', 'slurm', '--slurm', 'partition=nowhere')
+    assert out.returncode == 2 and 'Slurm did not take the jobs' in out.stderr and 'Traceback' not in out.stderr, out.stderr
+
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
     "The experiment, executed once, by the runner alone."
