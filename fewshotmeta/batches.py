@@ -171,8 +171,8 @@ def state_of(
     return State('stopped' if begun else 'waiting', f'at iteration {progress["iteration"]:,} of {progress["iterations"]:,}' if progress else '', progress=progress, who=who)
 
 def _judged(p, result):
-    if result['params'] != p.params:
-        other = [k for k in p.params | result['params'] if p.params.get(k) != result['params'].get(k)]
+    other = [k for k in p.params | result['params'] if p.params.get(k) != result['params'].get(k) and (k in p.given or k in result['params'])]      # not one that the notebook has got since
+    if other:
         return State('changed', f'the result there has another {", ".join(other)}', result)
     made, now = result.get('digest') or {}, _digests(p.notebook)
     other = [k for k in ('notebook', 'package') if made.get(k) != now[k]]

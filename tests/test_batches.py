@@ -108,6 +108,9 @@ def test_states(batch):
     assert state_of(p).kind == 'changed' and 'another x' in state_of(p).note and todo([p], Options()) == {}
     assert {s.kind for s in run_batch([p], Options()).values()} == {'changed'} and len(traces(path)) == 1
     assert {s.kind for s in run_batch([p], Options(force=True)).values()} == {'done'} and read_json(p.folder/'result.json')['metrics']['square']['mean'] == 16
+    batch(dict(a=dict(x=4)), parameters=PARAMETERS + '\nnew = True')                                       # a parameter that the notebook has got since
+    assert state_of(planned(path)[0]).kind == 'done, other code' and state_of(planned(batch(dict(a=dict(x=4, new=True)), parameters=PARAMETERS + '\nnew = True'))[0]).kind == 'changed'
+    p, = planned(batch(dict(a=dict(x=4))))
     (p.folder/'result.json').write_text('{}')
     assert state_of(p).kind == 'broken' and {s.kind for s in run_batch([p], Options()).values()} == {'done'}
     (p.folder/'result.json').unlink(); (p.folder/'checkpoint.safetensors').write_text('')
@@ -346,3 +349,24 @@ def test_looking_on_needs_no_torch():
     code = 'import sys; from fewshotmeta.command import main; main(["results", "--runs", sys.argv[1]]); print([m for m in ("torch", "papermill", "pandas", "submitit") if m in sys.modules])'
     out = subprocess.run([sys.executable, '-c', code, str(ROOT/'runs')], capture_output=True, text=True)
     assert out.stdout.splitlines()[-1] == '[]', out.stderr
+
+# ---- the batch files that come with the experiments
+BATCHES = sorted((ROOT/'nbs'/'experiments').glob('*.yaml'))
+
+@pytest.mark.parametrize('path', BATCHES, ids=lambda p: p.stem)
+def test_batch_files_can_be_read_at_every_scale(path):
+    for scale in ('smoke', 'short', 'paper'):
+        runs = read_batch(path, scale)
+        assert len({p.slug for p in runs}) == len(runs) and all(p.params['scale'] == scale for p in runs)
+
+def test_omniglot_smoke(tmp_path):
+    "One run of each kind, on drawn characters."
+    for only in ('mamlpp*', 'hidra*1step*', 'emnist_hypermaml*'):
+        assert all(s.kind == 'done' for s in run_batch(read_batch(ROOT/'nbs'/'experiments'/'omniglot.yaml', 'smoke', only, tmp_path), Options()).values())
+
+@pytest.mark.parametrize('path', BATCHES, ids=lambda p: p.stem)
+def test_committed_results_belong_to_their_batch_file(path):
+    "What is in runs/ under a batch file's name is one of its runs, with its parameters."
+    planned = {p.slug: p for scale in ('short', 'paper') for p in read_batch(path, scale)}
+    for f in (ROOT/'runs'/path.stem).glob('*/result.json'):
+        if '_smoke' not in f.parent.name: assert state_of(planned[f.parent.name]).done, f
