@@ -1,5 +1,5 @@
 """Every reliability test at full length, and what a batch itself costs: `make reliability` writes runs/reliability/reliability.json.
-The costs are times, so nothing else should run; `reliability.py tests` and `reliability.py costs` make one half anew."""
+`reliability.py costs` (times: nothing else should run) and `reliability.py test_slurm.py …` make a part anew."""
 import json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 import yaml
@@ -9,12 +9,13 @@ from fewshotmeta.runs import device_name, provenance
 ROOT = Path(__file__).parent.parent
 TESTS = ('test_reliability.py', 'test_batches.py', 'test_slurm.py', 'test_properties.py', 'test_files.py')
 
-def tests(folder):
-    "Run the tests at full length; what they recorded, and how they ended."
-    kept = folder/'record'
-    out = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-rs', *(str(ROOT/'tests'/t) for t in TESTS)], env=os.environ | dict(FEWSHOTMETA_RECORD=str(kept)), stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    print(out.stdout)
-    if out.returncode: sys.exit('a reliability test failed: nothing was written')
+def tests(folder, name):
+    "Run the tests of a file at full length; what they recorded, and how they ended."
+    kept = folder/name
+    kept.write_text('')
+    out = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-rs', str(ROOT/'tests'/name)], env=os.environ | dict(FEWSHOTMETA_RECORD=str(kept)), stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    print(out.stdout, flush=True)
+    if out.returncode: sys.exit(f'a test of {name} failed: nothing of it was written')
     rows = [json.loads(line) for line in kept.read_text().splitlines()]
     return dict(rows=rows, said=out.stdout.strip().splitlines()[-1].strip('= '), skipped=[l for l in out.stdout.splitlines() if l.startswith('SKIPPED')])
 
@@ -41,13 +42,12 @@ def looking(folder, n=1000):
         return round(sorted(times)[2], 2)
     return dict(what=f'looking at {n} finished runs', runs=n, status_seconds=median('status'), results_seconds=median('results'))
 
-def main(halves):
+def main(parts):
     path = ROOT/'runs'/'reliability'/'reliability.json'
-    found = read_json(path) if path.exists() else {}
-    with tempfile.TemporaryDirectory() as tmp:
-        if 'costs' in halves: found['costs'] = dict(rows=[looking(Path(tmp)), overhead(Path(tmp))], device=device_name(), **provenance())
-        if 'tests' in halves: found['tests'] = tests(Path(tmp)) | dict(device=device_name(), **provenance())
-    write_json(path, found)
-    print(json.dumps(found.get('costs', {}).get('rows')))
+    for part in parts:
+        with tempfile.TemporaryDirectory() as tmp:
+            found = tests(Path(tmp), part) if part in TESTS else dict(rows=[looking(Path(tmp)), overhead(Path(tmp))])
+        all_ = read_json(path) if path.exists() else {}
+        write_json(path, all_ | {part: found | dict(device=device_name(), **provenance())})
 
-if __name__ == '__main__': main(sys.argv[1:] or ('costs', 'tests'))
+if __name__ == '__main__': main(sys.argv[1:] or ('costs', *TESTS))

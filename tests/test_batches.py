@@ -30,6 +30,9 @@ def planned(path, scale='', **kw): return read_batch(path, scale, runs=path.pare
 def kinds(path): return {p.slug: state_of(p).kind for p in planned(path)}
 def traces(path): return [l.split()[0] for l in (path.parent/'traces').read_text().splitlines()]
 def command(*args): return [sys.executable, '-m', 'fewshotmeta.command', *map(str, args)]
+def heedful():
+    "Run in a child before it starts: a shell's background job ignores Ctrl-C, and its children inherit that."
+    for s in (signal.SIGINT, signal.SIGHUP): signal.signal(s, signal.SIG_DFL)
 def fewshotmeta(*args, **kw): return subprocess.run(command(*args), capture_output=True, text=True, **kw)
 
 # ---- the file
@@ -201,7 +204,7 @@ def processes_of(path):
 def test_stopped_cleanly(batch, tmp_path, sig):
     "Ctrl-C, SIGTERM, a closed terminal: exit code 130, no process is left, and the same command finishes the rest."
     path = batch(dict(a=dict(seed=[0, 1, 2])), cells=SLOW)
-    p = subprocess.Popen(command('batch', path, '--runs', tmp_path/'runs', '--jobs', '2'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    p = subprocess.Popen(command('batch', path, '--runs', tmp_path/'runs', '--jobs', '2'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heedful)
     until(lambda: (tmp_path/'traces').exists() and len(traces(path)) == 2)
     p.send_signal(sig) if sig == signal.SIGTERM else os.killpg(p.pid, sig)          # what a terminal says reaches them all
     out, err = p.communicate(timeout=60)

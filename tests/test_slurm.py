@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, yaml
 from conftest import ROOT
 from fewshotmeta.files import read_json
-from test_batches import SLOW, TRAIN, batch, command, fewshotmeta, kinds, outcome, planned, traces, until
+from test_batches import SLOW, TRAIN, batch, command, fewshotmeta, heedful, kinds, outcome, planned, traces, until
 
 PACKAGES = ('slurmctld', 'slurmd', 'slurm-client', 'munge')
 CONFIG = '''ClusterName=test
@@ -86,7 +86,7 @@ def test_a_batch_by_slurm(slurm, batch):
 
 def test_a_stopped_batch_leaves_its_jobs_and_finds_them_again(slurm, batch, tmp_path):
     path = batch(dict(a=dict(seed=[0, 1, 2])), cells=SLOW)
-    p = subprocess.Popen(command('batch', path, '--runs', tmp_path/'runs', '--jobs', '1', *ARGS), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen(command('batch', path, '--runs', tmp_path/'runs', '--jobs', '1', *ARGS), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heedful)
     until(lambda: (tmp_path/'traces').exists())
     p.send_signal(signal.SIGINT)
     assert 'the jobs stay in the queue' in p.communicate(timeout=60)[1] and p.returncode == 130 and len(jobs()) >= 2
