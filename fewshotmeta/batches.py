@@ -216,10 +216,16 @@ class Work:
     def checkpoint(self, *args):
         "What submitit puts into the queue when the cluster takes the node back: the same again. The run has its own checkpoint."
         from submitit.helpers import DelayedSubmission
-        TAKEN.set()
+        TAKEN.append(True)
         return DelayedSubmission(self, *args)
 
-TAKEN = threading.Event()       # Slurm has told us to go: it told the kernel, too, whose end is no failure then
+TAKEN = []       # not empty: Slurm has told us to go; it told the kernel, too, whose end is no failure then
+
+def _taken(seconds):
+    "Whether the cluster takes the node back; its signal may come a little after the kernel's end."
+    end = time.monotonic() + seconds
+    while not TAKEN and time.monotonic() < end: time.sleep(.05)
+    return bool(TAKEN)
 
 def _settle(o, part):
     "Take this worker's share of the machine."
@@ -230,7 +236,7 @@ def _settle(o, part):
         gpu = str(o['gpus'][part % len(o['gpus'])]) if o['gpus'] else o['visible']       # submitit hides them all
         if gpu is None: os.environ.pop('CUDA_VISIBLE_DEVICES', None)
         else: os.environ['CUDA_VISIBLE_DEVICES'] = gpu
-    else: signal.signal(signal.SIGTERM, lambda *_: TAKEN.set())             # USR2 is submitit's
+    else: signal.signal(signal.SIGTERM, lambda *_: TAKEN.append(True))             # USR2 is submitit's
     if o['threads']: os.environ.setdefault('FEWSHOTMETA_WORKERS', str(o['threads']))
 
 def _wanted(p, o):
@@ -250,7 +256,7 @@ def _carry_out(p, o):
     except RunBusy: return False
     except RunFailed as e:                                                       # the runner has recorded it
         print(f'{p.name}: {e}', file=sys.stderr)
-        if o['executor'] == 'slurm' and e.kind == 'killed' and TAKEN.wait(2): (p.folder/'failed.json').unlink(missing_ok=True); time.sleep(60); raise SystemExit('the cluster takes the node back') from e
+        if o['executor'] == 'slurm' and e.kind == 'killed' and _taken(2): (p.folder/'failed.json').unlink(missing_ok=True); time.sleep(60); raise SystemExit('the cluster takes the node back') from e
     except Exception as e: record_failure(p, type(e).__name__, str(e), traceback.format_exc())
     return True
 
