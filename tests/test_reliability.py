@@ -2,7 +2,7 @@
 import json, os, random, subprocess, sys
 from pathlib import Path
 import pytest, torch
-from conftest import ROOT, full
+from conftest import ROOT, full, mounted
 from fewshotmeta.backbones import conv4
 from fewshotmeta.data import BadBank, ImageBank, load_bank, save_bank
 from fewshotmeta.episodes import EpisodeSampler
@@ -67,6 +67,34 @@ def test_damaged_results(tmp_path, record):
     write_json(tmp_path/'result.json', stored)
     found = try_all(tmp_path/'result.json', read_json, BadFile, lambda got: got == stored, len(some.read_bytes()) - 2)
     record('result JSON cut or with a changed byte', **found)
+
+def test_disk_full_at_every_size(tmp_path, noise_bank, record):
+    "A training on ever larger disks that are too small: refused by name, what is there is whole, and with room again it ends in the same bytes."
+    tasks = EpisodeSampler(noise_bank, 5, 1, 2)
+    def go(folder): return fit(MAML(conv4(size=16, filters=4), 5, inner_lr=.1), tasks, 6, meta_batch=2, checkpoint=folder, save_every=1, log_every=1, valid=tasks, valid_tasks=2, valid_every=2, select='top_3', progress=False)
+    go(tmp_path/'undisturbed')
+    want, sizes, refused = read_checkpoint(tmp_path/'undisturbed')[0]['tensors'], list(range(8, 100, 8 if full() else 24)), 0
+    for kb in sizes:
+        for disk in mounted(tmp_path/f'disk{kb}', f'size={kb}k'):
+            try: go(disk/'run')
+            except OSError as e: refused += 1; assert 'no space left to write' in str(e) and str(disk) in str(e), e
+            if (disk/'run'/'checkpoint.safetensors').exists(): read_checkpoint(disk/'run')
+            assert not list((disk/'run').glob('.checkpoint*partial'))
+            subprocess.run(['mount', '-o', 'remount,size=1m', str(disk)], check=True)
+            go(disk/'run')
+            assert read_checkpoint(disk/'run')[0]['tensors'] == want
+    assert refused >= len(sizes)//2
+    record('disk full while training, then with room again', disks=len(sizes), refused_by_name=refused, identical_in_the_end=len(sizes))
+
+def test_read_only_folders(read_only, noise_bank, monkeypatch, record):
+    "Checkpoint, bank, result: refused by name at once, or, for the cache, worked without."
+    from fewshotmeta.data import cached
+    from fewshotmeta.runs import run_notebook
+    with pytest.raises(PermissionError, match=f'cannot write {read_only}'): fit(MAML(conv4(size=16, filters=4), 5), EpisodeSampler(noise_bank, 5, 1, 2), 2, checkpoint=read_only/'run', progress=False)
+    with pytest.raises(PermissionError, match=f'cannot write {read_only}'): run_notebook(ROOT/'nbs'/'experiments'/'train.ipynb', {}, 'a/b', read_only, quiet=True)
+    monkeypatch.setenv('FEWSHOTMETA_CACHE', str(read_only))
+    with pytest.warns(UserWarning, match='bank not cached'): assert cached(dict(set='noise'), lambda: noise_bank).digest == noise_bank.digest
+    record('folders that cannot be written: of checkpoints, results, banks', folders=3, refused_by_name=2, worked_without=1)
 
 # ---- 4. one bank
 BUILD = '''
