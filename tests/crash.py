@@ -8,7 +8,7 @@ import numpy as np, torch
 import fewshotmeta.training as training
 from fewshotmeta.data import ImageBank, cached
 from fewshotmeta.episodes import EpisodeSampler
-from fewshotmeta.files import BadFile, read_json, write_json
+from fewshotmeta.files import read_json, write_json
 from fewshotmeta.backbones import conv4
 from fewshotmeta.maml import MAML
 from fewshotmeta.training import fit, read_checkpoint
@@ -74,7 +74,7 @@ def main(folder, jobs, seed):
         first = re.search(r's(\d+);', said)
         return first is None or int(first[1]) == saved + 1
     for job in range(jobs):
-        place, saved, done_in, blows = folder/f'job{job}', 0, '', 0
+        place, saved, saved_then, done_in, blows = folder/f'job{job}', 0, -1, '', 0
         for phase in 'btcrrr':                                        # a job that is through writes its result again
             if phase == 'r' and done_in == 'r': continue
             said, dead, _ = attempt(place, phase, rng.uniform(0, .7*long[phase]), rng.randint(1, 3) if phase in 'tc' else 1)

@@ -1,5 +1,5 @@
 """Batches: real papermill, real kernels, real workers; whatever dies, every run is made once."""
-import io, json, os, signal, subprocess, sys, time
+import io, os, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat, pytest, yaml
 from conftest import ROOT, full

@@ -1,7 +1,7 @@
 """Properties, with inputs that nobody thought of."""
-import json, math, string
+import json, string
 from pathlib import Path
-import nbformat, numpy as np, pytest, torch, yaml
+import nbformat, pytest, torch, yaml
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from conftest import full
 from fewshotmeta.batches import BadBatch, read_batch

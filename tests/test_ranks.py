@@ -1,6 +1,5 @@
 """Several processes, one meta-batch: torchrun on the CPU."""
-import json, os, signal, subprocess, sys, time
-from pathlib import Path
+import subprocess, sys
 import pytest, torch
 from conftest import ROOT
 from fewshotmeta.files import read_json

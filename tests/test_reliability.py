@@ -1,6 +1,5 @@
 """Written so that they can fail, and often enough to mean something: `make reliability` runs them at full length, CI a part."""
 import json, os, random, subprocess, sys
-from pathlib import Path
 import pytest, torch
 from conftest import ROOT, full, mounted
 from fewshotmeta.backbones import conv4

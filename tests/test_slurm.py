@@ -1,10 +1,9 @@
 """A real Slurm of one node, from the system's packages: installed and started here, skipped, visibly, where that cannot be."""
-import os, shutil, signal, socket, subprocess, sys, time
-from pathlib import Path
+import os, shutil, signal, socket, subprocess, time
 import pytest, yaml
 from conftest import ROOT
 from fewshotmeta.files import read_json
-from test_batches import SLOW, TRAIN, batch, command, fewshotmeta, heedful, kinds, outcome, planned, traces, until
+from test_batches import SLOW, TRAIN, batch, command, fewshotmeta, heedful, kinds, outcome, traces, until
 
 PACKAGES = ('slurmctld', 'slurmd', 'slurm-client', 'munge')
 CONFIG = '''ClusterName=test
