@@ -23,6 +23,7 @@ from .capture import *
 from .training import *
 from .evaluation import *
 from .timing import *
+from .protocols import *
 from .runs import *
 from .batches import *
 from .command import *
