@@ -25,7 +25,9 @@ from .evaluation import *
 from .timing import *
 from .protocols import *
 from .runs import *
+from .published import *
 from .batches import *
+from .reports import *
 from .command import *
 
 # %% ../nbs/99_all.ipynb #7990783e

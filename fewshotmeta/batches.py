@@ -108,8 +108,10 @@ def _expanded(doc, scale, parameters, where):
     for name, own in doc['runs'].items():
         place = f'{where} runs: {name}:'
         own = dict(_dict(own, place))
-        at_scale = _dict(_dict(own.pop('scales', None), f'{place} scales:', SCALES).get(scale), f'{place} scales: {scale}:')
-        if unknown := [s for s in _dict(doc['runs'][name].get('scales') if doc['runs'][name] else None, place) if s not in (doc.get('scales') or {})]: raise BadBatch(f'{place} scales: {unknown[0]!r} is not among the scales of the file')
+        mine = _dict(own.pop('scales', None), f'{place} scales:', SCALES)
+        if unknown := [s for s in mine if s not in (doc.get('scales') or {})]: raise BadBatch(f'{place} scales: {unknown[0]!r} is not among the scales of the file')
+        if mine.get(scale) is False: continue
+        at_scale = _dict(mine.get(scale), f'{place} scales: {scale}:')
         layers = [_dict(doc.get('common'), f'{where} common:'), own, _dict((doc.get('scales') or {}).get(scale), f'{where} scales: {scale}:'), at_scale]
         given = {}
         for layer in layers:

@@ -44,6 +44,9 @@ def test_order_of_changes(batch):
     assert [p.params['steps'] for p in planned(path, 'smoke')] == [1, 1, 1] and [p.params['steps'] for p in planned(path, 'paper')] == [50, 50, 200]
     assert [p.slug for p in planned(path, only='*seed4')] == ['a_short_seed4'] and short[0].name == 'table/a_short_seed3' and short[0].folder == path.parent/'runs'/'table'/'a_short_seed3'
     assert planned(batch(dict(a=dict(steps='.001x'))), 'smoke')[0].params['steps'] == 1          # never less than one
+    path = batch(dict(a={}, b=dict(scales=dict(short=False))), scales=dict(short={}, paper={}))
+    assert [p.slug for p in planned(path)] == ['a_short'] and [p.slug for p in planned(path, 'paper')] == ['a_paper', 'b_paper']      # left out of one scale
+    with pytest.raises(BadBatch, match='b: scales: short: expected .name: value. lines, not True'): planned(batch(dict(b=dict(scales=dict(short=True))), scales=dict(short={})))
 
 @pytest.mark.parametrize('runs,doc,words', [
     (dict(a=dict(y=1)), {}, "runs: a: no parameter 'y'"), (dict(a=dict(step=1)), {}, "did you mean 'steps'"), (dict(a=dict(x='two')), {}, "x='two': expected int"), (dict(a=dict(x=1.5)), {}, 'x=1.5: expected int'),

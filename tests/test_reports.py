@@ -1,0 +1,78 @@
+"""Ours beside the published numbers: which runs count, what several seeds give, what a cell says that has no run."""
+import statistics
+import pytest
+from conftest import ROOT
+from fewshotmeta.files import BadFile, write_json
+from fewshotmeta.reports import *
+
+def result(run, seed=0, mean=.9, ci95=.01, scale='short', n=600, experiment='table', **params):
+    return dict(experiment=experiment, run=run, scale=scale, params=dict(seed=seed, scale=scale, method='maml') | params,
+                metrics=dict(test_accuracy=dict(mean=mean, ci95=ci95, n=n), test_accuracy_8way=dict(mean=mean/2, ci95=ci95, n=n), seconds=dict(mean=8.5, ci95=None, n=600)))
+
+@pytest.fixture
+def runs(tmp_path):
+    "`runs(result, …)` writes results where a batch would and gives their folder."
+    def write(*results):
+        for r in results: write_json(tmp_path/'runs'/r['experiment']/r['run']/'result.json', r)
+        return tmp_path/'runs'
+    return write
+
+def test_runs_are_grouped_by_name_at_their_largest_scale(runs):
+    seeds = [result(f'maml_1shot_short_seed{k}', k) for k in (10, 2, 0)]
+    paper = result('mamlpp_1shot_paper_seed0', scale='paper'), result('mamlpp_1shot_short_seed0'), result('mamlpp_1shot_short_seed1', 1)
+    found = find_runs(runs(*seeds, *paper, result('alone', scale='short'), result('maml_1shot_smoke_seed0', scale='smoke'), result('new_smoke', scale='smoke'), result('other_short', experiment='else')), 'table')
+    assert list(found) == ['alone', 'maml_1shot', 'mamlpp_1shot']
+    assert [r['params']['seed'] for r in found['maml_1shot']] == [0, 2, 10] and [r['scale'] for r in found['mamlpp_1shot']] == ['paper']
+    assert list(find_runs(runs(), 'table', 'mamlpp')) == ['mamlpp_1shot'] and find_runs(runs(), 'nothing') == {}
+
+def test_a_name_keeps_what_only_looks_like_a_scale(runs):
+    assert list(find_runs(runs(result('short_paper_short_seed0'), result('maml_seed1_x_short')), 'table')) == ['maml_seed1_x', 'short_paper']
+
+def test_an_altered_result_stops_the_report(runs):
+    path = runs(result('maml_short_seed0'))/'table/maml_short_seed0/result.json'
+    path.write_text(path.read_text().replace('0.9', '0.99'))
+    with pytest.raises(BadFile, match='--force'): find_runs(path.parents[2], 'table')
+
+def test_seeds_give_mean_and_standard_deviation(runs):
+    means = (.9, .92, .97)
+    found = find_runs(runs(*(result(f'maml_short_seed{k}', k, m) for k, m in enumerate(means))), 'table')['maml']
+    o, one = measured(found), measured(found[:1])
+    assert (o.mean, o.interval) == pytest.approx((sum(means)/3, statistics.stdev(means))) and (o.meaning, o.seeds, o.n) == ('standard deviation over 3 seeds', 3, 600)
+    assert (one.mean, one.interval, one.meaning, one.seeds) == (.9, .01, '95 % over 600 tasks', 1)
+    assert measured(found, 'test_accuracy_8way').mean == pytest.approx(o.mean/2) and measured(found[:1], 'seconds').interval is None
+
+def test_what_is_not_one_configuration_is_refused(runs):
+    found = find_runs(runs(result('maml_short_seed0'), result('maml_short_seed1', 1, n_way=5), result('maml_short_seed2', 2, method='fomaml')), 'table')['maml']
+    assert measured(found[:2]).seeds == 2                      # a parameter that one of them did not know yet
+    for results, says in ((found, 'method'), (found[:1]*2, 'same seed twice'), ([result('x_smoke', scale='smoke')], 'smoke run')):
+        with pytest.raises(ValueError, match=says): measured(results)
+    with pytest.raises(ValueError, match="no metric 'test_acc"): measured(found[:1], 'test_acc')
+
+def test_beside_says_what_is_and_what_is_not(runs):
+    folder = runs(result('maml_short_seed0', mean=.91234, ci95=.00456))
+    found = find_runs(folder, 'table')
+    rows = beside('MPP-T1', {('MAML++', '20-way 5-shot'): [], ('MAML++', '20-way 1-shot'): found['maml'], ('Meta-SGD', '20-way 1-shot'): NO_DATA}, folder.parent/'nbs/reports')
+    assert [(r['row'], r['ours']) for r in rows] == [('Meta-SGD', NO_DATA), ('MAML++', '91.23 ± 0.46'), ('MAML++', NO_RUN)]       # in the published order
+    assert rows[1] == {'row': 'MAML++', 'column': '20-way 1-shot', 'published': '97.65 ± 0.05 (text: 97.76)', 'published ±': 'standard deviation over 3 seeds', 'ours': '91.23 ± 0.46',
+                       'ours ±': '95 % over 600 tasks', 'scale': 'short', 'seeds': 1, 'tasks': 600, 'run': '[maml_short_seed0](../../runs/table/maml_short_seed0/notebook.ipynb)'}
+    lines = beside_table(rows).splitlines()
+    assert len(lines) == 5 and {line.count('|') for line in lines} == {11}
+
+def test_units_and_other_metrics(runs):
+    found = find_runs(runs(result('maml_short_seed0', mean=.5)), 'table')['maml']
+    assert beside('HM-T3', {('MAML, 5 steps', 'seconds'): measured(found, 'seconds')})[0]['ours'] == '8.50'
+    assert beside('HID-T1', {('maml', '8'): measured(found, 'test_accuracy_8way')})[0]['ours'] == '25.00 ± 1.00'
+
+def test_a_missing_table_takes_any_row_and_others_do_not(runs):
+    found = find_runs(runs(result('maml_short_seed0')), 'table')['maml']
+    (row,) = beside('MPP-T2', {('MAML, 3 steps', 'mini-ImageNet 5-way 1-shot'): found})
+    assert (row['published'], row['ours'], row['published ±']) == ('not in the text at hand', '90.00 ± 1.00', '')
+    for cell, says in ((('MAML+', '20-way 1-shot'), "did you mean 'MAML"), (('MAML++', '20-way'), "column='20-way'")):
+        with pytest.raises(ValueError, match=says): beside('MPP-T1', {cell: found})
+
+def test_links_of_the_committed_runs_lead_somewhere():
+    found = find_runs(ROOT/'runs', 'omniglot')
+    assert {len(rs) for rs in found.values()} <= {1, 2, 3} and all((r['folder']/'notebook.ipynb').is_file() for rs in found.values() for r in rs)
+    (row,) = beside('MPP-T1', {('MAML++', '20-way 1-shot'): found['mamlpp_20way_1shot_5steps']}, ROOT/'nbs/reports')
+    link = row['run'].split('](')[1].rstrip(')')
+    assert link.startswith('../../runs/omniglot/') and (ROOT/'nbs/reports'/link).resolve().is_file()
