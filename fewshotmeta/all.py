@@ -18,6 +18,7 @@ from .mamlpp import *
 from .hidra import *
 from .hypermaml import *
 from .reptile import *
+from .metric import *
 from .ranks import *
 from .capture import *
 from .training import *

@@ -21,6 +21,7 @@ from .mamlpp import *
 from .hidra import *
 from .hypermaml import *
 from .reptile import *
+from .metric import *
 
 # %% ../nbs/23_protocols.ipynb #4333f00b
 @dataclass(frozen=True)
@@ -107,6 +108,10 @@ LEARNERS = dict(
     hidra_mamlpp=lambda b, n, o: hidra(b, *_tied(o), mamlpp, ingredients=o['ingredients'], **_inner(o)),
     hypermaml=lambda b, n, o: HyperMAML(b, n, labels=o['labels'], **_hyper(o)),
     anyway_hypermaml=lambda b, n, o: anyway_hypermaml(b, o['n_max'], **_hyper(o)),
+    matching_net=lambda b, n, o: MatchingNet(b, seed=o['fresh']['seed']),
+    proto_net=lambda b, n, o: ProtoNet(b, o['fresh']['seed']),
+    relation_net=lambda b, n, o: RelationNet(b, seed=o['fresh']['seed']),
+    r2d2=lambda b, n, o: R2D2(b, seed=o['fresh']['seed']),
     random_init=lambda b, n, o: MAML(b, n, order=1, **_inner(o)),        # adapted without meta-training
     hidra_random_init=lambda b, n, o: hidra(b, *_tied(o), order=1, **_inner(o)))
 
