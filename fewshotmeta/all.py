@@ -19,6 +19,8 @@ from .hidra import *
 from .hypermaml import *
 from .reptile import *
 from .metric import *
+from .finetuning import *
+from .gradient_variants import *
 from .ranks import *
 from .capture import *
 from .training import *

@@ -50,7 +50,7 @@ def meta_gradient(
     "Gradient of the mean meta-loss over a batch of tasks, by a plan."
     params, n = list(learner.theta.values()), len(episodes.xs)
     plan = plan or plan_for(params[0].device, tasks=n)
-    if plan.capture: return _replayed(Recorder(learner, plan), episodes, progress, learner.n_way or int(episodes.ys.max()) + 1)
+    if plan.capture: return _replayed(Recorder(learner, plan), episodes, progress, learner.n_way or int(episodes.yq.max()) + 1)
     def one(s):
         out = learner.meta_loss(episodes[s], progress)
         grads = torch.autograd.grad(out.loss.sum()/n, params, materialize_grads=True)
@@ -119,7 +119,7 @@ def _same_ways(learner, sampler, training=False):
     if n is not None and (n, n) != (low, high):
         raise ValueError(f'episodes of n_way={low if low == high else f"{low} to {high}"} for a learner of n_way={n}: use sampler(n_way={n}), or a learner for any number of ways (hidra, anyway_hypermaml)')
     most = getattr(getattr(learner, 'head', None), 'n_max', None)
-    if training and most and high > most: raise ValueError(f'episodes of up to {high} ways, but the head was made to be trained with n_max={most}: make it with n_max={high}')
+    if training and most and high > most: raise ValueError(f'episodes of up to {high} ways, but the head was made to be trained with n_max={most}: make it for {high} classes')
 
 def _one_number(sampler):
     low, high = sampler.way_range
