@@ -154,7 +154,7 @@ def orders(
 ) -> list[dict]: # a row for each pair that is apart in the paper and that we have run
     "Whether ours come in the published order."
     have = {k: v if isinstance(v, Ours) else measured(v) for k, v in ours.items() if v and not isinstance(v, str)}
-    have = {k: v for k, v in have.items() if k in {(p.row, p.column) for p in published(id)}}
+    have = {k: v for k, v in have.items() if k in {(p.row, p.column) for p in published(id) if p.value is not None}}
     return [pair for a, b in combinations(have, 2) if a[1] == b[1] and (pair := _compared(id, a, b, have))]
 
 # %% ../nbs/33_reports.ipynb #a3d7ea55

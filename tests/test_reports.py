@@ -76,3 +76,31 @@ def test_links_of_the_committed_runs_lead_somewhere():
     (row,) = beside('MPP-T1', {('MAML++', '20-way 1-shot'): found['mamlpp_20way_1shot_5steps']}, ROOT/'nbs/reports')
     link = row['run'].split('](')[1].rstrip(')')
     assert link.startswith('../../runs/omniglot/') and (ROOT/'nbs/reports'/link).resolve().is_file()
+
+def ours(mean, ci95=.01): return Ours(mean, ci95, '95 % over 600 tasks', 600, 1, 'short', ())
+
+def test_every_cell_of_a_table_has_an_answer(runs):
+    names = {'MAML++': 'mamlpp', 'Meta-SGD': 'meta_sgd'}
+    found = find_runs(runs(result('mamlpp_1shot_short_seed0')), 'table')
+    cells = every_cell('MPP-T1', lambda row, column: found.get(f'{names[row]}_{"1shot" if "1-shot" in column else "5shot"}'))
+    assert cells['MAML++', '20-way 1-shot'][0]['run'] == 'mamlpp_1shot_short_seed0' and cells['Meta-SGD', '20-way 5-shot'] is None and cells['Matching Nets', '20-way 1-shot'] == NOT_BUILT
+    assert ('MAML + MSL', '20-way 5-shot') not in cells and len(cells) == 22       # an empty cell of the paper is none of ours
+
+def test_a_wide_table(runs):
+    found = find_runs(runs(result('hidra_short_seed0', mean=.8)), 'table')['hidra']
+    text = wide_table(beside('HID-T1', {('hidra 2', '2'): measured(found), ('hidra 2', '3'): None, ('hidra 5', '2'): None, ('maml', '3'): NO_DATA}))
+    head, _, two, five, maml = [[c.strip() for c in line.split('|')[1:-1]] for line in text.splitlines()]
+    assert head == ['', '2', '3', 'scale', 'seeds', 'tasks', '±', 'run'] and two[:6] == ['hidra 2', '82.95 → 80.00 ± 1.00', '72.93 → –', 'short', '1', '600'] and 'notebook.ipynb' in two[-1]
+    assert five[1:4] == ['77.48 → –', '', NO_RUN] and maml[1:4] == ['', '70.06 → –', NO_DATA]
+
+@pytest.mark.parametrize('a,b,verdict', [(.9, .8, AGREES), (.8, .9, OPPOSITE), (.9, .895, TOGETHER)])
+def test_order_of_two_methods(a, b, verdict):
+    cells = {('MAML (local replication)', '20-way 1-shot'): ours(b), ('MAML++', '20-way 1-shot'): ours(a), ('MAML++', '20-way 5-shot'): ours(.1), ('Siamese Nets', '20-way 1-shot'): NOT_BUILT}
+    pair, = orders('MPP-T1', cells)
+    assert (pair['higher'], pair['lower'], pair['verdict']) == ('MAML++', 'MAML (local replication)', verdict) and pair['published'] == '+6.38 ± 1.07' and pair['ours'] == f'{100*(a - b):+.2f} ± 1.41'
+    assert f'1 {verdict}' in orders_table([pair]) and (verdict == AGREES) == ('MAML++' not in orders_table([pair]))
+
+def test_what_the_paper_cannot_tell_apart_is_not_compared():
+    assert orders('HM-T4', {('neither', 'accuracy'): ours(.5), ('enhancement', 'accuracy'): ours(.9)}) == []       # 74.39 ± 0.88 and 75.28 ± 1.29
+    assert orders('MPP-T2', {('MAML++', 'mini-ImageNet 5-way 1-shot'): ours(.5), ('MAML, 3 steps', 'mini-ImageNet 5-way 1-shot'): ours(.4), ('MAML and MAML++', '1 to 5 inner steps'): ours(.4)}) == []
+    assert 'has been run yet' in orders_table([])
