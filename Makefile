@@ -45,7 +45,7 @@ notebooks: $(READY)
 	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2 --timing $(FLAGS)
 
 pytest: $(READY)
-	$(ONE_THREAD) $(BIN)/pytest
+	$(ONE_THREAD) $(BIN)/pytest -n 2 --dist loadgroup
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"fewshotmeta needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.12 …")'

@@ -5,6 +5,7 @@ from conftest import ROOT
 from fewshotmeta.files import read_json
 from test_batches import SLOW, TRAIN, batch, command, fewshotmeta, heedful, kinds, outcome, traces, until
 
+pytestmark = pytest.mark.xdist_group('slurm')        # one machine has one Slurm
 PACKAGES = ('slurmctld', 'slurmd', 'slurm-client', 'munge')
 CONFIG = '''ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
