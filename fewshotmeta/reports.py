@@ -120,10 +120,21 @@ def _ours(o, unit, start):
 def beside_table(
     rows:list, # of `beside`
 ) -> str:      # Markdown
-    "The same as a table."
-    columns = ('row', 'column', 'published', 'published ±', 'ours', 'ours ±', 'scale', 'seeds', 'tasks', 'run')
-    lines = [columns, ['---']*len(columns)] + [[str(r.get(c, '')) for c in columns] for r in rows]
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+    "The same as a table; under it what the published ± is, and the numbers of methods that are not built here."
+    columns, built = ('row', 'column', 'published', 'ours', 'ours ±', 'scale', 'seeds', 'tasks', 'run'), [r for r in rows if r['ours'] != NOT_BUILT]
+    lines = [columns, ['---']*len(columns)] + [[str(r.get(c, '')) for c in columns] for r in built]
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines if built) + _under(rows, built)
+
+# %% ../nbs/33_reports.ipynb #45a968da
+def _under(rows, built):
+    "What stands under a table."
+    means = [m for m in dict.fromkeys(r['published ±'] for r in built) if m]
+    said = [f'Published ±: {"; or ".join(means)}.'] if means else []
+    others = {}
+    for r in rows:
+        if r['ours'] == NOT_BUILT: others.setdefault(r['row'], []).append(f'{r["column"]} {r["published"]}')
+    said += [f'Also in this table, {NOT_BUILT}: ' + '; '.join(f'{name} ({", ".join(v)})' for name, v in others.items()) + '.'] if others else []
+    return ''.join(f'\n\n{s}' for s in said)
 
 # %% ../nbs/33_reports.ipynb #0079cc3d
 def wide_table(

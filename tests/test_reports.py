@@ -55,8 +55,9 @@ def test_beside_says_what_is_and_what_is_not(runs):
     assert [(r['row'], r['ours']) for r in rows] == [('Meta-SGD', NO_DATA), ('MAML++', '91.23 ± 0.46'), ('MAML++', NO_RUN)]       # in the published order
     assert rows[1] == {'row': 'MAML++', 'column': '20-way 1-shot', 'published': '97.65 ± 0.05 (text: 97.76)', 'published ±': 'standard deviation over 3 seeds', 'ours': '91.23 ± 0.46',
                        'ours ±': '95 % over 600 tasks', 'scale': 'short', 'seeds': 1, 'tasks': 600, 'run': '[maml_short_seed0](../../runs/table/maml_short_seed0/notebook.ipynb)'}
-    lines = beside_table(rows).splitlines()
-    assert len(lines) == 5 and {line.count('|') for line in lines} == {11}
+    table, _, under = beside_table(rows + [dict(row='Siamese Nets', column='20-way 1-shot', published='88.2', ours=NOT_BUILT)]).partition('\n\n')
+    assert len(table.splitlines()) == 5 and {line.count('|') for line in table.splitlines()} == {10}
+    assert under == 'Published ±: as quoted; or standard deviation over 3 seeds.\n\nAlso in this table, not built here: Siamese Nets (20-way 1-shot 88.2).'
 
 def test_units_and_other_metrics(runs):
     found = find_runs(runs(result('maml_short_seed0', mean=.5)), 'table')['maml']
