@@ -97,17 +97,18 @@ def samplers(
 # %% ../nbs/23_protocols.ipynb #d15d3c33
 def _hyper(o): return dict(width=o['hyper_width'], enhance=o['enhance'], warm_steps=o['inner_steps'], inner_lr=o['inner_lr'], switch=Switch(*o['switch_epochs'], mode=o['switch']), **o['fresh'])
 def _inner(o): return dict(inner_lr=o['inner_lr'], inner_steps=o['inner_steps'], adapts=o['adapts'], **o['fresh'])
+def _frozen_norm(o): return _inner(o) | dict(adapts=all_but_norm)       # its norms have a scale and shift for each step, which the outer loop learns
 def _tied(o): return (o['n_max'], o['master_update'])
 
 # each: of (backbone, number of ways, options)
 LEARNERS = dict(
     maml=lambda b, n, o: MAML(b, n, **_inner(o)),
     fomaml=lambda b, n, o: MAML(b, n, order=1, **_inner(o)),
-    mamlpp=lambda b, n, o: mamlpp(b, n, ingredients=o['ingredients'], **_inner(o)),
+    mamlpp=lambda b, n, o: mamlpp(b, n, ingredients=o['ingredients'], **_frozen_norm(o)),
     meta_sgd=lambda b, n, o: meta_sgd(b, n, **_inner(o)),
     reptile=lambda b, n, o: Reptile(b, n, **_inner(o)),
     hidra=lambda b, n, o: hidra(b, *_tied(o), **_inner(o)),
-    hidra_mamlpp=lambda b, n, o: hidra(b, *_tied(o), mamlpp, ingredients=o['ingredients'], **_inner(o)),
+    hidra_mamlpp=lambda b, n, o: hidra(b, *_tied(o), mamlpp, ingredients=o['ingredients'], **_frozen_norm(o)),
     hypermaml=lambda b, n, o: HyperMAML(b, n, labels=o['labels'], **_hyper(o)),
     anyway_hypermaml=lambda b, n, o: anyway_hypermaml(b, o['n_max'], **_hyper(o)),
     matching_net=lambda b, n, o: MatchingNet(b, seed=o['fresh']['seed']),
