@@ -54,10 +54,10 @@ def test_beside_says_what_is_and_what_is_not(runs):
     rows = beside('MPP-T1', {('MAML++', '20-way 5-shot'): [], ('MAML++', '20-way 1-shot'): found['maml'], ('Meta-SGD', '20-way 1-shot'): NO_DATA}, folder.parent/'nbs/reports')
     assert [(r['row'], r['ours']) for r in rows] == [('Meta-SGD', NO_DATA), ('MAML++', '91.23 ± 0.46'), ('MAML++', NO_RUN)]       # in the published order
     assert rows[1] == {'row': 'MAML++', 'column': '20-way 1-shot', 'published': '97.65 ± 0.05 (text: 97.76)', 'published ±': 'standard deviation over 3 seeds', 'ours': '91.23 ± 0.46',
-                       'ours ±': '95 % over 600 tasks', 'scale': 'short', 'seeds': 1, 'tasks': 600, 'run': '[maml_short_seed0](../../runs/table/maml_short_seed0/notebook.ipynb)'}
+                       'ours ±': '95 % over 600 tasks', 'scale': 'short', 'seeds': 1, 'tasks': 600, 'queries': '', 'run': '[maml_short_seed0](../../runs/table/maml_short_seed0/notebook.ipynb)'}
     table, _, under = beside_table(rows + [dict(row='Siamese Nets', column='20-way 1-shot', published='88.2', ours=NOT_BUILT)]).partition('\n\n')
-    assert len(table.splitlines()) == 5 and {line.count('|') for line in table.splitlines()} == {10}
-    assert under == 'Published ±: as quoted; or standard deviation over 3 seeds.\n\nAlso in this table, not built here: Siamese Nets (20-way 1-shot 88.2).'
+    assert len(table.splitlines()) == 5 and {line.count('|') for line in table.splitlines()} == {12} and [line.split('|')[4].strip() for line in table.splitlines()[2:]] == ['a', 'b', 'b']
+    assert under == 'Published ±: (a) as quoted; (b) standard deviation over 3 seeds.\n\nAlso in this table, not built here: Siamese Nets (20-way 1-shot 88.2).'
 
 def test_units_and_other_metrics(runs):
     found = find_runs(runs(result('maml_short_seed0', mean=.5)), 'table')['maml']
@@ -83,7 +83,7 @@ def ours(mean, ci95=.01): return Ours(mean, ci95, '95 % over 600 tasks', 600, 1,
 def test_every_cell_of_a_table_has_an_answer(runs):
     names = {'MAML++': 'mamlpp', 'Meta-SGD': 'meta_sgd'}
     found = find_runs(runs(result('mamlpp_1shot_short_seed0')), 'table')
-    cells = every_cell('MPP-T1', lambda row, column: found.get(f'{names[row]}_{"1shot" if "1-shot" in column else "5shot"}'))
+    cells = every_cell('MPP-T1', names, lambda row, column: found.get(f'{names[row]}_{"1shot" if "1-shot" in column else "5shot"}'))
     assert cells['MAML++', '20-way 1-shot'][0]['run'] == 'mamlpp_1shot_short_seed0' and cells['Meta-SGD', '20-way 5-shot'] is None and cells['Matching Nets', '20-way 1-shot'] == NOT_BUILT
     assert ('MAML + MSL', '20-way 5-shot') not in cells and len(cells) == 22       # an empty cell of the paper is none of ours
 
@@ -91,15 +91,20 @@ def test_a_wide_table(runs):
     found = find_runs(runs(result('hidra_short_seed0', mean=.8)), 'table')['hidra']
     text = wide_table(beside('HID-T1', {('hidra 2', '2'): measured(found), ('hidra 2', '3'): None, ('hidra 5', '2'): None, ('maml', '3'): NO_DATA}))
     head, _, two, five, maml = [[c.strip() for c in line.split('|')[1:-1]] for line in text.splitlines()]
-    assert head == ['', '2', '3', 'scale', 'seeds', 'tasks', '±', 'run'] and two[:6] == ['hidra 2', '82.95 → 80.00 ± 1.00', '72.93 → –', 'short', '1', '600'] and 'notebook.ipynb' in two[-1]
+    assert head == ['', '2', '3', 'scale', 'seeds', 'tasks', 'queries', '±', 'run'] and two[:6] == ['hidra 2', '82.95 → 80.00 ± 1.00', '72.93 → –', 'short', '1', '600'] and 'notebook.ipynb' in two[-1]
     assert five[1:4] == ['77.48 → –', '', NO_RUN] and maml[1:4] == ['', '70.06 → –', NO_DATA]
 
 @pytest.mark.parametrize('a,b,verdict', [(.9, .8, AGREES), (.8, .9, OPPOSITE), (.9, .895, TOGETHER)])
 def test_order_of_two_methods(a, b, verdict):
     cells = {('MAML (local replication)', '20-way 1-shot'): ours(b), ('MAML++', '20-way 1-shot'): ours(a), ('MAML++', '20-way 5-shot'): ours(.1), ('Siamese Nets', '20-way 1-shot'): NOT_BUILT}
     pair, = orders('MPP-T1', cells)
-    assert (pair['higher'], pair['lower'], pair['verdict']) == ('MAML++', 'MAML (local replication)', verdict) and pair['published'] == '+6.38 ± 1.07' and pair['ours'] == f'{100*(a - b):+.2f} ± 1.41'
+    assert (pair['higher'], pair['lower'], pair['verdict']) == ('MAML++', 'MAML (local replication)', verdict) and pair['seeds'] == '1, 1' and pair['published'] == '+6.38 ± 1.07' and pair['ours'] == f'{100*(a - b):+.2f} ± 1.41'
     assert f'1 {verdict}' in orders_table([pair]) and (verdict == AGREES) == ('MAML++' not in orders_table([pair]))
+
+def test_runs_of_different_scales_are_not_compared():
+    from dataclasses import replace
+    pair, = orders('MPP-T1', {('MAML (local replication)', '20-way 1-shot'): replace(ours(.95), scale='paper'), ('MAML++', '20-way 1-shot'): ours(.9)})
+    assert pair['verdict'] == 'scales differ' and '1 scales differ' in orders_table([pair])
 
 def test_what_the_paper_cannot_tell_apart_is_not_compared():
     assert orders('HM-T4', {('neither', 'accuracy'): ours(.5), ('enhancement', 'accuracy'): ours(.9)}) == []       # 74.39 ± 0.88 and 75.28 ± 1.29
