@@ -164,7 +164,7 @@ def test_train_notebook_on_real_data(tmp_path, real_data, given):
     assert result['metrics']['test_accuracy']['n'] == 3
 
 @pytest.mark.parametrize('given,words', [
-    (dict(method='mamal'), "method='mamal': choose one of maml"), (dict(schedule='cos'), "schedule='cos'"), (dict(norm='per_step', test_steps=3), 'test_steps=3, but this learner takes at most 1'),
+    (dict(method='mamal'), "method='mamal': choose one of 'maml'"), (dict(schedule='cos'), "schedule='cos'"), (dict(norm='per_step', test_steps=3), 'test_steps=3, but this learner takes at most 1'),
     (dict(method='hypermaml', test_steps=2), 'test_steps=2, but this learner takes at most 1'), (dict(test_ways=[7]), 'test_ways=.7., but maml is bound to n_way=5'), (dict(method='hidra', test_ways=[5000]), 'n_way=5000, but'),
     (dict(method='hidra', train_ways=[5]), 'train_ways=.5.: the fewest and the most'), (dict(method='hypermaml', switch_epochs=[50, 500, 300]), 'the switch must end before the run'), (dict(clip=1., clip_norm=1.), 'choose one'),
     (dict(data='emnist'), 'emnist has no train classes'), (dict(data='nowhere'), "data='nowhere'")])
