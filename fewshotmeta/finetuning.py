@@ -25,6 +25,7 @@ from .backbones import pick
 from .maml import *
 from .hidra import HEAD
 from .hypermaml import class_means
+from .hypermaml import _every_class, _one_hot
 
 # %% ../nbs/16_finetuning.ipynb #e7b5bbf4
 @dataclass(frozen=True)
@@ -171,10 +172,8 @@ class Pretrained(MAML):
     def _check(self, xs, ys):
         if xs.dim() == 5 and not xs.shape[1]: raise ValueError('no support images: a task comes from an EpisodeSampler')
         n_way = super()._check(xs, ys)
-        if (missing := (_one_hot(ys, n_way).sum(1) == 0).nonzero()).numel(): raise ValueError(f'class {int(missing[0, 1])} has no support image: every class of a task needs one')
+        _every_class(ys, n_way)
         return n_way
-
-def _one_hot(ys, n_way): return ys[..., None] == torch.arange(n_way, device=ys.device)
 
 # %% ../nbs/16_finetuning.ipynb #79f5d7a3
 def momentum_descent(

@@ -47,6 +47,10 @@ class Switch:
 # %% ../nbs/13_hypermaml.ipynb #eda5e81d
 def _one_hot(ys, n_way): return ys[..., None] == torch.arange(n_way, device=ys.device)   # PyTorch's reads the labels back to check them
 
+def _every_class(ys, n_way):
+    "Raise unless every class of every task has a support image."
+    if (missing := (_one_hot(ys, n_way).sum(1) == 0).nonzero()).numel(): raise ValueError(f'class {int(missing[0, 1])} has no support image: every class of a task needs one')
+
 def class_means(
     rows:Tensor,   # one a support image, (tasks, n, features)
     ys:Tensor,     # labels, (tasks, n)
@@ -185,8 +189,7 @@ class HyperMAML(MAML):
 
     def _check(self, xs, ys):
         n_way = super()._check(xs, ys)
-        if not self.ways and (missing := (_one_hot(ys, n_way).sum(1) == 0).nonzero()).numel():
-            raise ValueError(f'class {int(missing[0, 1])} has no support image: every class of a task needs one')
+        if not self.ways: _every_class(ys, n_way)
         return n_way
 
     def _steps(self, steps):

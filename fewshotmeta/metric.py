@@ -18,7 +18,7 @@ from .backbones import *
 from .backbones import pick
 from .maml import *
 from .hypermaml import *
-from .hypermaml import _one_hot
+from .hypermaml import _every_class, _one_hot
 
 # %% ../nbs/15_metric.ipynb #280e20af
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ class Metric(MAML):
 
     def _check(self, xs, ys):
         n_way = super()._check(xs, ys)
-        if not self.ways and (missing := (_one_hot(ys, n_way).sum(1) == 0).nonzero()).numel():
-            raise ValueError(f'class {int(missing[0, 1])} has no support image: every class of a task needs one')
+        if not self.ways: _every_class(ys, n_way)
         return n_way
 
 # %% ../nbs/15_metric.ipynb #4e15bc74
