@@ -6,7 +6,7 @@
 __all__ = ['main']
 
 # %% ../nbs/40_command.ipynb #1ef0d770
-import argparse, os, shutil, sys
+import argparse, importlib.metadata, os, platform, shutil, sys
 from pathlib import Path
 
 from .files import *
@@ -131,6 +131,8 @@ def _get(name, root):
 # %% ../nbs/40_command.ipynb #6bb691aa
 def _parser():
     top = argparse.ArgumentParser(prog='fewshotmeta', description='Few-shot meta-learning experiments.')
+    versions = ', '.join(f'{n} {importlib.metadata.version(n)}' for n in ('fewshotmeta', 'torch', 'papermill'))
+    top.add_argument('--version', action='version', version=f'{versions}, Python {platform.python_version()}')
     sub = top.add_subparsers(required=True)
     def command(name, f, help, *names):
         c = sub.add_parser(name, help=help, description=help); c.set_defaults(f=f)

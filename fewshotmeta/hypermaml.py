@@ -159,7 +159,7 @@ class HyperMAML(MAML):
         return self._write(theta, self.rows(theta, e, ys, n_way))
 
     def descend(self, own:dict, e:Tensor, ys:Tensor, p:float, after=lambda own: own) -> dict:
-        "T gradient steps of rate p·α on the head alone; the embeddings stay as they are."
+        "T gradient steps of rate p·α on the head alone; the embeddings e, (tasks, n, features), of labels ys, (tasks, n), stay as they are."
         start = own
         for _ in range(self.warm_steps):
             loss, at = task_losses(task_linear(e, *(own[k] for k in HEAD)), ys).sum(), own if self.warm_gradient == 'standard' else start
@@ -173,7 +173,7 @@ class HyperMAML(MAML):
         return (self.order, _phase(p)), [p]
 
     def mixture(self, theta:dict, own:dict, e:Tensor, ys:Tensor, p:float, phase:str) -> list:
-        "The heads that count at share p, each with the weight of its loss."
+        "The heads that count at share p, each with the weight of its loss, of support embeddings e, (tasks, n, features), and labels ys, (tasks, n)."
         if phase == 'before': return [(1., self.descend(own, e, ys, 1.))]
         delta = self.generate(theta, e, ys, own['head.weight'].shape[1])
         if phase == 'after': return [(1., _add(own, delta, 1.))]

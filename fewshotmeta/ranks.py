@@ -44,7 +44,7 @@ class Ranks:
         return slice(n*self.rank//self.size, n*(self.rank + 1)//self.size)
 
     def total(self, tensors:list[Tensor]) -> list[Tensor]:
-        "The sum of each tensor over the ranks, the same on every rank, by one message for each kind of number."
+        "The sum of each tensor, of whatever shape, over the ranks, the same on every rank, by one message for each kind of number."
         if self.size == 1: return tensors
         out = [None]*len(tensors)
         for dtype in dict.fromkeys(t.dtype for t in tensors):

@@ -223,7 +223,7 @@ def peak_memory(
 def conv_ceiling(
     device:str='cpu',
     dtype:torch.dtype=torch.float32,
-    rounds:int=5,
+    rounds:int=4, # counted rounds of each convolution
 ) -> float:   # GFLOP/s
     "The most that the network's convolutions reach on this machine."
     n = _cores() if torch.device(device).type == 'cpu' else 1
@@ -233,7 +233,7 @@ def conv_ceiling(
         x, w = (channels_last(torch.randn(*shape, dtype=torch.float32).to(device, dtype)) for shape in ((75, c, s, s), (c, c, 3, 3)))
         y, times = F.conv2d(x, w, padding=1), []
         back = lambda which: torch.ops.aten.convolution_backward(y, x, w, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, [which == 'x', which == 'w', False])
-        for _ in range(rounds):
+        for _ in range(1 + rounds):                                          # the first is not counted
             wait(); start = time.perf_counter(); F.conv2d(x, w, padding=1) if grad is None else back(grad); wait()
             times.append(time.perf_counter() - start)
         return 2*9*75*s*s*c*c/1e9/statistics.median(times[1:])

@@ -32,6 +32,32 @@ def test_every_public_name_has_a_docstring_and_stands_in_all():
             if callable(value) and getattr(value, '__module__', '').startswith('fewshotmeta') and hasattr(value, '__name__') and value.__name__ != '<lambda>':
                 assert value.__doc__ and not value.__doc__.startswith(f'{name}('), f'{room}.{name} has no docstring'
 
+def _public():
+    "(room, name, node, source lines) of every function and class that a room exports."
+    for room in ROOMS:
+        text = (ROOT/'fewshotmeta'/f'{room}.py').read_text()
+        tree = ast.parse(text)
+        names = next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') == '__all__'), [])
+        yield from ((room, n.name, n, text.splitlines()) for n in tree.body if getattr(n, 'name', None) in names)
+
+def _says_shapes(f, lines):
+    "Whether the comments of the arguments or the docstring have a shape, like (tasks, n) or ()."
+    text = '\n'.join(lines[f.lineno - 1:f.body[0].end_lineno])
+    return bool(re.search(r'\((\)(?! ?->|:)|[\w*+…]+, ?[^()]*\)|[\w*+…]+,\))', text.partition('Tensor')[2])) or 'shape' in text
+
+def test_tensors_have_shapes():
+    methods = {}                                       # a method says them once, where it is defined first
+    takes = lambda f: any('Tensor' in ast.unparse(a.annotation) for a in f.args.posonlyargs + f.args.args + f.args.kwonlyargs if a.annotation)
+    public = [(room, name, f, lines) for room, name, n, lines in _public() for f in (n.body if isinstance(n, ast.ClassDef) else [n]) if isinstance(f, ast.FunctionDef) and (not f.name.startswith('_') or f.name == '__init__')]
+    for room, name, f, lines in public: methods[f.name] = methods.get(f.name, False) or _says_shapes(f, lines)
+    assert not (silent := [(room, name, f.name) for room, name, f, lines in public if takes(f) and not methods[f.name]]), silent
+
+def test_every_public_function_and_class_has_an_example_or_a_test():
+    cells = [''.join(c['source']) for p in NOTEBOOKS for c in json.loads(p.read_text())['cells'] if c['cell_type'] == 'code']
+    text = '\n'.join([c for c in cells if not re.search(r'^#\|\s*(export|default_exp)', c, re.M)] + [p.read_text() for p in (ROOT/'tests').glob('*.py')])
+    words = set(re.findall(r'\w+', text))
+    assert not (idle := [f'{room}.{name}' for room, name, *_ in _public() if name not in words]), idle
+
 def test_no_pickle():
     for path in (ROOT/'fewshotmeta').glob('*.py'): assert not re.search(r'torch\.load\(|torch\.save\(|\bpickle\b|allow_pickle', path.read_text()), path
 
