@@ -129,10 +129,11 @@ def _get(name, root):
     LOADERS[name](first[name], **({} if name == 'glyphs' else {'root': root}))
 
 # %% ../nbs/40_command.ipynb #6bb691aa
+def _versions(): return ', '.join([f'{n} {importlib.metadata.version(n)}' for n in ('fewshotmeta', 'torch', 'papermill')] + [f'Python {platform.python_version()}'])
+
 def _parser():
     top = argparse.ArgumentParser(prog='fewshotmeta', description='Few-shot meta-learning experiments.')
-    versions = ', '.join(f'{n} {importlib.metadata.version(n)}' for n in ('fewshotmeta', 'torch', 'papermill'))
-    top.add_argument('--version', action='version', version=f'{versions}, Python {platform.python_version()}')
+    top.add_argument('--version', action='version', version=_versions())
     sub = top.add_subparsers(required=True)
     def command(name, f, help, *names):
         c = sub.add_parser(name, help=help, description=help); c.set_defaults(f=f)
