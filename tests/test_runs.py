@@ -168,8 +168,18 @@ def test_train_notebook_on_real_data(tmp_path, real_data, given):
     (dict(method='hypermaml', test_steps=2), 'test_steps=2, but this learner takes at most 1'), (dict(test_ways=[7]), 'test_ways=.7., but maml is bound to n_way=5'), (dict(method='hidra', test_ways=[5000]), 'n_way=5000, but'),
     (dict(method='hidra', train_ways=[5]), 'train_ways=.5.: the fewest and the most'), (dict(method='hypermaml', switch_epochs=[50, 500, 300]), 'the switch must end before the run'), (dict(clip=1., clip_norm=1.), 'choose one'),
     (dict(data='emnist'), 'emnist has no train classes'), (dict(data='nowhere'), "data='nowhere'")])
-def test_train_notebook_refuses_before_it_trains(tmp_path, given, words):
-    with pytest.raises(RunFailed, match=words): run_notebook(ROOT/'nbs'/'experiments'/'train.ipynb', SMALL | given, 'm/x', tmp_path, quiet=True)
+def test_train_notebook_refuses_before_it_trains(given, words):
+    "Its cells in this process: a kernel for each would say the same."
+    names = {}
+    with pytest.raises(ValueError, match=words):
+        for c in json.loads((ROOT/'nbs'/'experiments'/'train.ipynb').read_text())['cells']:
+            if c['cell_type'] != 'code': continue
+            assert 'fit(' not in (source := ''.join(c['source'])), 'it comes to the training'
+            exec(source, names)
+            if 'parameters' in c['metadata'].get('tags', []): names |= SMALL | given
+
+def test_a_refusal_of_the_train_notebook_is_said(tmp_path):
+    with pytest.raises(RunFailed, match="method='mamal': choose one of 'maml'"): run_notebook(ROOT/'nbs'/'experiments'/'train.ipynb', SMALL | dict(method='mamal'), 'm/x', tmp_path, quiet=True)
     assert not (tmp_path/'m'/'x'/'checkpoint.safetensors').exists()
 
 def test_an_interrupted_experiment_continues(tmp_path):
