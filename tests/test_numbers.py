@@ -107,6 +107,38 @@ def test_cells_are_of_the_run_and_the_metric_that_is_meant(name):
         spread = statistics.stdev(means) if len(means) > 1 else 100*values[0]['ci95']
         assert ours == f'{statistics.fmean(means):.2f} ± {spread:.2f}', (row, column, run, metric)
 
+def texts(report):
+    "The Markdown outputs of a report."
+    return [t for c in json.loads(report.read_text())['cells'] for o in c.get('outputs', []) if (t := ''.join(o.get('data', {}).get('text/markdown', '')))]
+
+def lines(text): return [[x.strip() for x in line.split('|')[1:-1]] for line in text.splitlines() if line.startswith('| ')]
+
+def test_seconds_and_ratios_of_adaptation():
+    "HyperMAML's Tables 3 and 6: each second, ratio and accuracy is of the run above the table, each published one of its row."
+    tables = [t for t in texts(ROOT/'nbs'/'reports'/'hypermaml.ipynb') if '| ours, clean |' in t]
+    assert len(tables) == 2
+    for id, text, (sec, acc) in zip(('HM-T3', 'HM-T6'), tables, (('seconds', 'accuracy'), ('mini-ImageNet seconds', 'mini-ImageNet accuracy'))):
+        of = {r['params']['method']: r['metrics'] for n in linked(text) for r in [read_json(n.with_name('result.json'))]}
+        for name, seconds, clean, as_published, accuracy, ours in lines(text)[1:]:
+            method, step = ('hypermaml', 1) if name == 'HyperMAML' else ('maml', int(name.split()[1]))
+            assert seconds.split(' (')[0] == str(published(id, name, sec)[0]) and accuracy == str(published(id, name, acc)[0])
+            m, base = of[method], of['maml']
+            for shown_, key in ((clean, 'seconds_clean'), (as_published, 'seconds_as_published')):
+                assert shown_ == f'{m[f"{key}_step_{step}"]["mean"]:.2f} ({m[f"{key}_step_{step}"]["mean"]/base[f"{key}_step_1"]["mean"]:.2f})', (name, key)
+            assert ours == f'{100*m[f"accuracy_step_{step}"]["mean"]:.2f} ± {100*m[f"accuracy_step_{step}"]["ci95"]:.2f}'
+
+def test_milliseconds_of_an_iteration():
+    "MAML++'s Table 3."
+    text, = (t for t in texts(ROOT/'nbs'/'reports'/'mamlpp.ipynb') if ' ms, ' in t)
+    notebook, = linked(text)
+    m, rows = metrics([notebook])[0], {name: cells for name, *cells in lines(text)[1:]}
+    assert set(rows) == {'MAML', 'MAML++, phase 1', 'MAML++, phase 2', 'MAML++, phase 3', 'MAML++, whole training'}
+    for name, cells in rows.items():
+        key = name.lower().replace('++', 'pp').replace(', ', '_').replace(' ', '_')
+        for step, cell in enumerate(cells, 1):
+            ratio = 1. if key == 'maml' else m[f'ratio_{key}_step_{step}']['mean']
+            assert cell == f'{m[f"ms_{key}_step_{step}"]["mean"]:.1f} ms, {ratio:.2f}', (name, step)
+
 def test_every_committed_run_of_a_table_stands_in_a_report():
     text, scales = ''.join(p.read_text() for p in REPORTS), {}
     named = re.compile(r'(.+)_(short|paper)(_seed\d+)?')
