@@ -10,7 +10,9 @@ ONE_THREAD := OMP_NUM_THREADS=1
 # cells and tests on real data run where there is any
 FLAGS := $(if $(FEWSHOTMETA_DATA),--flags data,)
 
-.PHONY: run test lab clean readme reliability clean-check export-check readme-check notebooks pytest
+PORT ?= 8000
+
+.PHONY: run test lab clean readme docs docs-serve reliability clean-check export-check readme-check notebooks pytest
 .DEFAULT_GOAL := run
 
 run: $(READY)
@@ -23,6 +25,14 @@ lab: $(READY)
 
 readme: $(READY)
 	$(BIN)/python tests/readme.py --write
+
+# the site, in _docs/: what changed since the last time
+docs: $(READY)
+	$(ONE_THREAD) $(BIN)/python nbs/_site/build.py
+
+# the same at http://localhost:8000, and again whenever a notebook is saved
+docs-serve: $(READY)
+	$(ONE_THREAD) $(BIN)/python nbs/_site/build.py --serve --port $(PORT)
 
 # every reliability test at full length (half an hour), and the table of 32_batches
 reliability: $(READY)
@@ -51,5 +61,5 @@ $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"fewshotmeta needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -q $(TORCH)
-	$(BIN)/pip install --disable-pip-version-check -q -e '.[dev]'
+	$(BIN)/pip install --disable-pip-version-check -q -e '.[dev,docs]'
 	touch $@

@@ -1,0 +1,105 @@
+"""The site: `python nbs/_site/build.py` writes _docs/, `python nbs/_site/build.py --serve` keeps it up to date and shows it."""
+import argparse, json, os, shutil, sys, time
+from pathlib import Path
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))                            # for the processes that nbdev starts, too
+from convert import cells, lead_of, notebook, read, text_cell, titled, with_outputs_of
+from pages import ROOT, SECTIONS, Links, Page
+from runs import LIST, given, run_list, run_page
+
+PROC, DOCS = ROOT/'_proc', ROOT/'_docs'
+SOURCE = PROC/'_sphinx'                                  # what Sphinx reads
+STATE = PROC/'_sphinx.json'                              # what the templates know of each page
+
+def written(path:Path, text:str) -> bool:
+    "Write a file if that changes it: Sphinx reads again what is newer than the last build."
+    if path.exists() and path.read_text(encoding='utf-8') == text: return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding='utf-8')
+    return True
+
+def processed(n_workers:int):
+    "nbdev's step, for the notebooks that changed since."
+    import nbdev.serve
+    from nbdev.doclinks import NbdevLookup
+    from processing import SiteFilter
+    if 'fewshotmeta' not in NbdevLookup().entries: sys.exit('the package fewshotmeta, as it is installed, does not tell nbdev its names: install it again with `pip install -e .`')
+    nbdev.serve.FilterDefaults = SiteFilter
+    for source in PROC.rglob('*.ipynb') if PROC.exists() else []:   # nbdev compares times with its folder's, too, and would miss what was saved meanwhile
+        rel = source.relative_to(PROC)
+        if rel.parts[0] != '_sphinx' and (not (ROOT/'nbs'/rel).exists() or (ROOT/'nbs'/rel).stat().st_mtime > source.stat().st_mtime): source.unlink()
+    nbdev.serve.proc_nbs(n_workers=n_workers)
+
+def experiment(page:Page, nb, links):
+    "An experiment's page has the outputs of a run: of the one whose code is nearest to today's, and of those the newest."
+    runs = [p for p in links.pages.values() if p.is_run and read(ROOT/p.source.replace('notebook.ipynb', 'result.json')).get('notebook') == Path(page.source).name]
+    best = max(runs, key=lambda p: (with_outputs_of(json.loads(json.dumps(nb)), read(ROOT/p.source))[1], read(ROOT/p.source.replace('notebook.ipynb', 'result.json'))['finished']), default=None)
+    if best is None: return with_outputs_of(nb, dict(cells=[]))[0], 'No run of this experiment is kept yet, so this page shows no outputs.'
+    run = read(ROOT/best.source)
+    asked = ', '.join(f'`{k}={v!r}`' for k, v in given(run).items() if k not in ('scale',))
+    scale = read(ROOT/best.source.replace('notebook.ipynb', 'result.json'))['scale']
+    return with_outputs_of(nb, run)[0], f'The outputs on this page are those of an executed run, [{best.name.removeprefix("runs/")}]({page.up}{best.name}.html), scale {scale}, with {asked}. What stands in the cell of parameters below is a test of seconds.'
+
+def nbs_page(page:Page, links):
+    "A page made from a notebook of nbs/."
+    nb, note = read(PROC/page.source.removeprefix('nbs/')), ''
+    title, lead, words = lead_of(nb, page, links)
+    if page.is_experiment: nb, note = experiment(page, nb, links)
+    made = [titled(title, lead), *([text_cell(f':::{{admonition}} Where the outputs come from\n:class: note\n{note}\n:::')] if note else []), *cells(nb, page, links)]
+    if page.name == 'index': made += [text_cell(toctrees(links))]
+    return notebook(made), dict(title=title, description=words, files={})
+
+def toctrees(links) -> str:
+    "The sidebar."
+    out = []
+    for section in SECTIONS:
+        names = [p.name for p in links.pages.values() if p.section == section]
+        names = ['Overview <self>' if n == 'index' else n for n in names] + ([LIST] if section == 'Experiments' else [])
+        if names: out.append(f':::{{toctree}}\n:hidden:\n:caption: {section}\n' + '\n'.join(names) + '\n:::')
+    return '\n\n'.join(out)
+
+def converted(links):
+    "Our step: each notebook that nbdev processed, and each run, as a page for Sphinx."
+    known = {LIST: dict(title='Executed runs', description='Every run behind a number of this site.', files={}, edit='', notebook='', colab='', view='')}
+    for page in links.pages.values():
+        nb, about = run_page(page, links) if page.is_run else nbs_page(page, links)
+        written(SOURCE/f'{page.name}.ipynb', json.dumps(nb, ensure_ascii=False, indent=1))
+        known[page.name] = about | dict(notebook=page.source, run=page.is_run, colab=links.colab(page.source), view=links.at_home(page.source), edit='' if page.is_run else links.at_home(page.source, 'edit'))
+    written(SOURCE/f'{LIST}.md', run_list(links))
+    for old in [p for p in SOURCE.rglob('*.ipynb') if p.relative_to(SOURCE).with_suffix('').as_posix() not in known]: old.unlink()
+    written(STATE, json.dumps(known, ensure_ascii=False, indent=1))
+
+def drawn():
+    "Sphinx. Returns its exit status."
+    from sphinx.application import Sphinx
+    from sphinx.util.docutils import docutils_namespace, patch_docutils
+    with patch_docutils(HERE), docutils_namespace():
+        app = Sphinx(SOURCE, HERE, DOCS, PROC/'_doctrees', 'html', parallel=os.cpu_count() or 1, warningiserror=True, status=None)
+        app.build()
+        return app.statuscode
+
+def carried(links):
+    "The files that the site carries."
+    for name in links.files:
+        there = DOCS/name
+        if there.exists() and there.stat().st_mtime >= (ROOT/name).stat().st_mtime: continue
+        there.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT/name, there)
+
+def build(n_workers=os.cpu_count() or 1) -> int:
+    "Everything that changed."
+    os.chdir(ROOT)
+    start, links = time.time(), Links()
+    processed(n_workers); t1 = time.time()
+    converted(links); t2 = time.time()
+    status = drawn(); t3 = time.time()
+    carried(links)
+    print(f'_docs: {len(links.pages)} pages in {time.time() - start:.1f} s (notebooks {t1 - start:.1f}, conversion {t2 - t1:.1f}, Sphinx {t3 - t2:.1f})')
+    return status
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--serve', action='store_true', help='show the site and keep it up to date')
+    parser.add_argument('--port', type=int, default=8000)
+    args = parser.parse_args()
+    sys.exit(build())
