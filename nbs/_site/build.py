@@ -5,7 +5,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))                            # for the processes that nbdev starts, too
 from convert import cells, lead_of, notebook, read, text_cell, titled, with_outputs_of
 from pages import ROOT, SECTIONS, Links, Page
-from runs import LIST, given, run_list, run_page
+from runs import LIST, parameters, run_list, run_page
 
 PROC, DOCS = ROOT/'_proc', ROOT/'_docs'
 SOURCE = PROC/'_sphinx'                                  # what Sphinx reads
@@ -17,6 +17,12 @@ def written(path:Path, text:str) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding='utf-8')
     return True
+
+def fresh():
+    "Start anew where the program that makes the site is newer than what it made."
+    if not STATE.exists(): return
+    newer = {p.name for p in [*HERE.glob('*.py'), *HERE.glob('templates/*'), ROOT/'settings.ini', ROOT/'pyproject.toml'] if p.stat().st_mtime > STATE.stat().st_mtime}
+    for folder in [PROC, DOCS] if newer & {'processing.py', 'settings.ini', 'pyproject.toml'} else [PROC/'_doctrees', DOCS] if newer else []: shutil.rmtree(folder, ignore_errors=True)
 
 def processed(n_workers:int):
     "nbdev's step, for the notebooks that changed since."
@@ -30,15 +36,25 @@ def processed(n_workers:int):
         if rel.parts[0] != '_sphinx' and (not (ROOT/'nbs'/rel).exists() or (ROOT/'nbs'/rel).stat().st_mtime > source.stat().st_mtime): source.unlink()
     nbdev.serve.proc_nbs(n_workers=n_workers)
 
+def result_of(page:Page): return read(ROOT/page.source.replace('notebook.ipynb', 'result.json'))
+
+def nearest_run(page:Page, nb, links) -> Page|None:
+    "The run that an experiment's page shows: its code is nearest to today's; of those one of the notebook's own method, and the newest."
+    method = parameters(nb).get('method')
+    def rank(run):
+        result = result_of(run)
+        return with_outputs_of(json.loads(json.dumps(nb)), read(ROOT/run.source))[1], result['params'].get('method') == method, result['finished']
+    runs = [p for p in links.pages.values() if p.is_run and result_of(p).get('notebook') == Path(page.source).name]
+    return max(runs, key=rank, default=None)
+
 def experiment(page:Page, nb, links):
-    "An experiment's page has the outputs of a run: of the one whose code is nearest to today's, and of those the newest."
-    runs = [p for p in links.pages.values() if p.is_run and read(ROOT/p.source.replace('notebook.ipynb', 'result.json')).get('notebook') == Path(page.source).name]
-    best = max(runs, key=lambda p: (with_outputs_of(json.loads(json.dumps(nb)), read(ROOT/p.source))[1], read(ROOT/p.source.replace('notebook.ipynb', 'result.json'))['finished']), default=None)
-    if best is None: return with_outputs_of(nb, dict(cells=[]))[0], 'No run of this experiment is kept yet, so this page shows no outputs.'
-    run = read(ROOT/best.source)
-    asked = ', '.join(f'`{k}={v!r}`' for k, v in given(run).items() if k not in ('scale',))
-    scale = read(ROOT/best.source.replace('notebook.ipynb', 'result.json'))['scale']
-    return with_outputs_of(nb, run)[0], f'The outputs on this page are those of an executed run, [{best.name.removeprefix("runs/")}]({page.up}{best.name}.html), scale {scale}, with {asked}. What stands in the cell of parameters below is a test of seconds.'
+    "An experiment with the outputs of a run instead of a smoke test's, and the note that says so."
+    run = nearest_run(page, nb, links)
+    if run is None: return with_outputs_of(nb, dict(cells=[]))[0], 'No run of this experiment is kept yet, so this page shows no outputs.'
+    executed = read(ROOT/run.source)
+    asked = ', '.join(f'`{k}={v!r}`' for k, v in parameters(executed, 'injected-parameters').items() if k != 'scale')
+    return with_outputs_of(nb, executed)[0], (f'They are those of an executed run, [{run.name.removeprefix("runs/")}]({page.up}{run.name}.html), scale {result_of(run)["scale"]}, with {asked}. '
+                                              'The values in the cell of parameters are those of a smoke test, which takes seconds.')
 
 def nbs_page(page:Page, links):
     "A page made from a notebook of nbs/."
@@ -90,9 +106,11 @@ def build(n_workers=os.cpu_count() or 1) -> int:
     "Everything that changed."
     os.chdir(ROOT)
     start, links = time.time(), Links()
+    fresh()
     processed(n_workers); t1 = time.time()
     converted(links); t2 = time.time()
     status = drawn(); t3 = time.time()
+    STATE.touch()
     carried(links)
     print(f'_docs: {len(links.pages)} pages in {time.time() - start:.1f} s (notebooks {t1 - start:.1f}, conversion {t2 - t1:.1f}, Sphinx {t3 - t2:.1f})')
     return status
@@ -102,4 +120,7 @@ if __name__ == '__main__':
     parser.add_argument('--serve', action='store_true', help='show the site and keep it up to date')
     parser.add_argument('--port', type=int, default=8000)
     args = parser.parse_args()
+    if args.serve:
+        from serve import serve
+        serve(args.port)
     sys.exit(build())

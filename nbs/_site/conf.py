@@ -9,7 +9,8 @@ _s = settings()
 project, author, copyright, language = _s['title'], _s['author'], f'2026 onwards, {_s["author"]}', 'en'
 extensions = ['myst_nb', 'sphinx.ext.linkcode', 'mathml']
 html_theme, html_title, html_static_path, templates_path = 'furo', _s['title'], ['static'], ['templates']
-html_css_files, html_favicon = ['site.css'], 'static/favicon.svg'
+html_css_files, html_favicon, html_logo = ['site.css'], 'static/favicon.svg', 'static/favicon.svg'
+nb_code_prompt_show, nb_code_prompt_hide = 'Code', 'Code'
 html_show_sourcelink = html_copy_source = html_use_index = False
 html_math_renderer = 'mathml'
 pygments_style, pygments_dark_style = 'a11y-high-contrast-light', 'github-dark'
@@ -20,8 +21,6 @@ myst_dmath_double_inline = True
 suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type']
 add_module_names = False
 toc_object_entries_show_parents = 'hide'
-html_theme_options = dict(
-    light_css_variables={}, dark_css_variables={}, sidebar_hide_name=False)
 
 def about(app): return json.loads((ROOT/'_proc'/'_sphinx.json').read_text(encoding='utf-8'))
 
@@ -33,8 +32,11 @@ def linkcode_resolve(domain, info):
     return lookup.code(info['fullname']) if isinstance(found, tuple) and found[1] == info['module'].replace('.', '/') + '.py' else None
 
 def anchors(app, doctree):
-    "nbdev's anchors: a name in small letters. Runs are in no sidebar, and the search finds them by the list of runs."
+    "nbdev's anchors: a name in small letters. Short cells of tables stay on one line. Runs are in no sidebar, and the search finds them by the list of runs."
+    from docutils.nodes import entry
     from sphinx.addnodes import desc_signature
+    for cell in doctree.findall(entry):
+        if len(cell.astext()) <= 26: cell['classes'].append('short')
     for sig in doctree.findall(desc_signature):
         if (name := sig.get('fullname', '').lower()) and name not in sig['ids']: sig['ids'].append(name)
     if app.site.get(app.env.docname, {}).get('run'): app.env.metadata[app.env.docname] |= dict(orphan=True, nosearch=True)

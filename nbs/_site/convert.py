@@ -1,5 +1,5 @@
 """What nbdev's processing leaves (a notebook in Quarto's flavour), as a notebook for MyST-NB."""
-import json, re
+import ast, functools, json, re
 from pathlib import Path
 import yaml
 from pages import ROOT, Page
@@ -23,12 +23,7 @@ def outside_code(text:str, change) -> str:
 
 def relinked(text:str, page:Page, links) -> str:
     "Markdown whose links lead to pages of the site."
-    # over code in backticks, which may be a link's text, but not into fences
-    lines, fence = [], False
-    for line in text.splitlines(keepends=True):
-        if FENCE.match(line): fence = not fence
-        lines.append(line if fence else re.sub(r'\]\(([^)\s]+)\)', lambda m: f']({links(m[1], page)})', line))
-    return ''.join(lines)
+    return outside_code(text, lambda t: re.sub(r'\]\(([^)\s]+)\)', lambda m: f']({links(m[1], page)})', t))
 
 def front_matter(text:str) -> dict:
     "The YAML between two lines of dashes."
@@ -87,17 +82,35 @@ def html_table(html:str) -> str:
 def said(text:str) -> str:
     "Markdown as plain words."
     text = re.sub(r'!?\[([^\]]*)\]\([^)]*\)', r'\1', text)
-    return ' '.join(re.sub(r'[`*$\\{}]|^[>#]+\s*', '', text, flags=re.M).split())
+    return ' '.join(re.sub(r'[`*\\{}]|^[>#]+\s*', '', text, flags=re.M).split())
 
-def alt_text(source:str, before:str, heading:str, directive:str='') -> str:
-    "What a picture shows, in words: what its cell says (`#| fig-alt: …`), or its axes and the sentence that leads to it."
-    if directive: return directive
-    label = lambda axis: next(iter(re.findall(rf'{axis}label[=(]\s*[\'"]([^\'"{{}}]+)[\'"]', source)), '')
-    axes = ' against '.join(filter(None, (label('y'), label('x'))))
+@functools.cache
+def drawing() -> dict:
+    "What the package's functions that draw say they do, by name; methods with the name that cells give such an object."
+    out = {}
+    for path in (ROOT/'fewshotmeta').glob('*.py'):
+        tree = ast.parse(path.read_text(encoding='utf-8'))
+        inside = {f: rf'(?:{c.name.lower()}|result)\.' if c.name == 'Evaluation' else c.name.lower() + r'\.' for c in ast.walk(tree) if isinstance(c, ast.ClassDef) for f in c.body}
+        for f in (f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)):
+            if (doc := ast.get_docstring(f) or '').startswith('Draw '): out[inside.get(f, '') + f.name] = said(doc.removeprefix('Draw ').split('. ')[0]).rstrip('.')
+    return out
+
+def leading_sentence(before:str) -> str:
+    "The sentence that leads to a picture: the last one before it if that ends in a colon, or the first of its paragraph."
     blocks = [b for b in re.split(r'\n\s*\n', re.sub(r'(?s)```.*?```|\$\$.*?\$\$', '', before)) if b.strip() and not b.lstrip().startswith(('|', '#', '- '))]
     sentences = re.split(r'(?<=[.:?!])\s+(?=[A-Z*`])', said(blocks[-1])) if blocks else []
-    words = [f'{axes[:1].upper()}{axes[1:]}.' if axes else '', sentences[-1].rstrip(':') if sentences else '']
-    return ' '.join(w for w in words if w)[:300] or f'Figure: {said(heading)}'
+    chosen = sentences[-1 if sentences[-1].endswith(':') else 0].rstrip(':') if sentences else ''
+    return '' if '$' in chosen else chosen
+
+def alt_text(source:str, before:str, heading:str, directive:str='') -> str:
+    "What a picture shows, in words: what its cell says (`#| fig-alt: …`), or its axes or the function that draws it, and the sentence that leads to it."
+    if directive: return directive
+    label = lambda axis: next(iter(re.findall(rf'{axis}label[=(]\s*[\'"]([^\'"{{}}]+)[\'"]', source)), '').replace('\\n', ' ')
+    axes = ' against '.join(filter(None, (label('y'), label('x'))))
+    drawn = next((doc for name, doc in drawing().items() if re.search(rf'\b{name}\(', source)), '')
+    words = [axes or drawn or f'Figure: {said(heading)}', leading_sentence(before) or (f'{said(heading)}' if axes or drawn else '')]
+    text = '. '.join(w.rstrip('.') for w in words if w)
+    return text if len(text) <= 300 else text[:300].rpartition(' ')[0] + ' …'
 
 def code(cell, page:Page, links, before='', heading='') -> dict:
     "A code cell."
@@ -106,6 +119,7 @@ def code(cell, page:Page, links, before='', heading='') -> dict:
     images = [o for o in shown if 'image/png' in o.get('data', {})]
     meta = dict(tags=[t for t in cell['metadata'].get('tags', []) if 'parameters' in t])
     if found.get('echo') == 'false' or not source: meta['tags'].append('remove-input')
+    elif page.section == 'Reports': meta['tags'].append('hide-input')     # who reads a report wants its tables
     if images: meta['mystnb'] = dict(image=dict(alt=alt_text(source, before, heading, found.get('fig-alt', ''))))
     return dict(cell_type='code', id=cell.get('id', ''), metadata=meta, execution_count=None, source=source, outputs=shown)
 

@@ -45,6 +45,7 @@ def _operator(e):
     text = e.text or ''
     if e.tag == 'mi' and text and not text.isalnum() and text not in ('′', '∞', '∂', '∇', '…', '⋯') and unicodedata.category(text[0])[0] in 'SP': e.tag = 'mo'
     if e.tag in ('mi', 'mo') and text == '*': e.tag, e.text = 'mo', '∗'
+    if e.tag == 'mo' and text == '/': e.set('lspace', '0'); e.set('rspace', '0')
     if e.tag == 'mo' and text in FENCES and text: e.set('lspace', '0'); e.set('rspace', '0'); e.set('stretchy', 'true' if e.get('minsize') else 'false')
     if e.tag == 'mo' and text.isalpha() and len(text) > 1: e.set('lspace', '0.12em'); e.set('rspace', '0.12em' if text in LIMITS or text == 'arg' else '0')
     if e.tag == 'mover' and len(e) > 1 and e[1].text == '¯': e.set('accent', 'true'); e[1].set('stretchy', 'false')

@@ -88,7 +88,7 @@ class Links:
         self.git, self.branch = s['git_url'], s['branch']
     def __call__(self, link:str, page:Page) -> str:
         "The address, relative to the page. Raises `ValueError` where nothing is there."
-        if link.startswith(self.site): return page.up + link.removeprefix(self.site)
+        if link.startswith(self.site): return page.up + re.sub(r'#(.*\.)?_.*', '', link.removeprefix(self.site))   # a private name has no place on its page
         if re.match(r'[a-z]+:|#|//', link) or not link: return link
         url, mark, fragment = link.partition('#')
         path = os.path.normpath(f'{page.folder}/{url}').replace(os.sep, '/')

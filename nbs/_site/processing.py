@@ -1,5 +1,5 @@
 """nbdev's own processing, with the documentation of a name written as MyST: signature, a table of arguments, methods."""
-import ast, inspect, re
+import ast, importlib, inspect, re
 import nbdev.showdoc
 from fastcore.docments import docments
 from nbdev.processors import FilterDefaults, add_show_docs, insert_warning, add_fold, mv_exports
@@ -12,7 +12,7 @@ def plain(text:str) -> str:
 
 def type_name(anno) -> str:
     "An annotation as one writes it."
-    if anno is inspect.Parameter.empty or anno is None: return ''
+    if anno is inspect.Parameter.empty or anno is None or anno is type(None) or isinstance(anno, inspect._ParameterKind): return ''
     text = anno if isinstance(anno, str) else anno.__name__ if isinstance(anno, type) and not hasattr(anno, '__args__') else str(anno)
     return re.sub(r'\b(?:[A-Za-z_]\w*\.)+(?=\w)', '', text)
 
@@ -31,23 +31,33 @@ def parameters(f):
         except (ValueError, TypeError): return [], inspect.Parameter.empty
     return [p for p in found.parameters.values() if p.name not in ('self', 'cls')], found.return_annotation
 
+def shown(p, types:bool) -> str:
+    "A parameter in a signature."
+    stars = {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '')
+    anno = f': {type_name(p.annotation)}' if types and type_name(p.annotation) else ''
+    return f'{stars}{p.name}{anno}' + ('' if p.default is p.empty else f'{" = " if anno else "="}{value_name(p.default)}')
+
 def signature(name, f, types:bool) -> str:
-    "One line: `name(a, b=1) -> list`."
+    "One line: `name(a, *, b=1) -> list`."
     found, returns = parameters(f)
-    shown = [str(p.replace(annotation=type_name(p.annotation) if types and p.annotation is not p.empty else p.empty, default=p.empty)).replace("'", '') + (f' = {value_name(p.default)}' if types and p.annotation is not p.empty and p.default is not p.empty else f'={value_name(p.default)}' if p.default is not p.empty else '') for p in found]
-    for kind, mark in ((inspect.Parameter.KEYWORD_ONLY, '*'),):
-        first = next((i for i, p in enumerate(found) if p.kind is kind), None)
-        if first is not None and not any(p.kind is p.VAR_POSITIONAL for p in found): shown.insert(first, mark)
-    returned = '' if isinstance(f, type) or not type_name(returns) else f' -> {type_name(returns)}'
-    return f'{name}({", ".join(shown)}){returned}'
+    parts = [shown(p, types) for p in found]
+    alone = next((i for i, p in enumerate(found) if p.kind is p.KEYWORD_ONLY), None)
+    if alone is not None and not any(p.kind is p.VAR_POSITIONAL for p in found): parts.insert(alone, '*')
+    return f'{name}({", ".join(parts)})' + (f' -> {type_name(returns)}' if type_name(returns) and not inspect.isclass(f) else '')
+
+def on_disk(f):
+    "A class as its module defines it: the fields' comments stand in a file, not in a notebook's memory."
+    if not inspect.isclass(f) or not isinstance(found := nbdev.showdoc.NbdevLookup()[f.__name__], tuple): return f
+    return getattr(importlib.import_module(found[1].removesuffix('.py').replace('/', '.')), f.__name__, f)
 
 def rows(f):
-    "Name, type and comment of each argument that has a comment, and of what is returned."
-    try: found = docments(f, full=True)
+    "Name, type and comment of each argument that has any, and of what is returned; nothing if no comment is among them."
+    try: found = docments(on_disk(f), full=True)
     except Exception: return []
     kept = [(k, v) for k, v in found.items() if k not in ('self', 'return')]
     if isinstance(f, type) is False and found.get('return', {}).get('docment'): kept.append(('returns', found['return']))
-    return [(k, type_name(v.get('anno')), v.get('docment') or '') for k, v in kept] if any(v.get('docment') for _, v in kept) else []
+    said = [(k, type_name(v.get('anno')), v.get('docment') or '') for k, v in kept]
+    return [r for r in said if r[1] or r[2]] if any(r[2] for r in said) else []
 
 def table(rows) -> str:
     "The table of arguments."
@@ -55,7 +65,7 @@ def table(rows) -> str:
     typed = any(t for _, t, _ in rows)
     line = lambda cells: '| ' + ' | '.join(cells) + ' |\n'
     code = lambda t: '`' + t.replace('|', r'\|') + '`' if t else ''
-    body = ''.join(line([f'*{k}*' if k == 'returns' else f'`{k}`', *([code(t)] if typed else []), ' '.join(plain(d).split())]) for k, t, d in rows)
+    body = ''.join(line([f'*{k}*' if k == 'returns' else f'**{plain(k)}**', *([code(t)] if typed else []), ' '.join(plain(d).split())]) for k, t, d in rows)
     head = ['argument', *(['type'] if typed else []), 'meaning']
     return '{.arguments}\n' + line(head) + line(['---']*len(head)) + body
 

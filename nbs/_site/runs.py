@@ -5,9 +5,9 @@ from pages import Page, ROOT
 
 LIST = 'runs/index'
 
-def given(nb) -> dict:
-    "The parameters that were asked for, from the cell that papermill put in."
-    cell = next((c for c in nb['cells'] if 'injected-parameters' in c['metadata'].get('tags', [])), None)
+def parameters(nb, tag='parameters') -> dict:
+    "The parameters in a notebook's cell with this tag: its own, or those that papermill put in."
+    cell = next((c for c in nb['cells'] if tag in c['metadata'].get('tags', [])), None)
     lines = ast.parse(joined(cell['source'])).body if cell else []
     return {n.targets[0].id: ast.literal_eval(n.value) for n in lines if isinstance(n, ast.Assign)}
 
@@ -45,7 +45,7 @@ def facts(page:Page, result, asked, links) -> str:
 def run_page(page:Page, links) -> tuple[dict, dict]:
     "The notebook of a run's page, and what the site should know of it."
     nb, result = read(ROOT/page.source), read(ROOT/page.source.replace('notebook.ipynb', 'result.json'))
-    asked = given(nb)
+    asked = parameters(nb, 'injected-parameters')
     experiment = experiment_of(result, links)
     name = experiment.source.rpartition('/')[2].removesuffix('.ipynb') if experiment else result.get('notebook')
     folder = page.source.removesuffix('notebook.ipynb')
