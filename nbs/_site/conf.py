@@ -7,12 +7,13 @@ from pages import ROOT, settings
 
 _s = settings()
 project, author, copyright, language = _s['title'], _s['author'], f'2026 onwards, {_s["author"]}', 'en'
-extensions = ['myst_nb', 'sphinx.ext.linkcode', 'mathml']
+extensions = ['myst_nb', 'sphinx.ext.linkcode', 'sphinx.ext.githubpages', 'mathml']
 html_theme, html_title, html_static_path, templates_path = 'furo', _s['title'], ['static'], ['templates']
 html_css_files, html_favicon, html_logo = ['site.css'], 'static/favicon.svg', 'static/favicon.svg'
 nb_code_prompt_show, nb_code_prompt_hide = 'Code', 'Code'
 html_show_sourcelink = html_copy_source = html_use_index = False
 html_math_renderer = 'mathml'
+html_baseurl = f'{_s["doc_host"]}{_s["doc_baseurl"]}/'
 pygments_style, pygments_dark_style = 'a11y-high-contrast-light', 'github-dark'
 nb_execution_mode, nb_render_markdown_format, nb_merge_streams, nb_output_stderr = 'off', 'myst', True, 'show'
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'attrs_block', 'attrs_inline']
