@@ -20,7 +20,7 @@ myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'attrs_block',
 myst_all_links_external = True                # build.py has made every link relative to its page
 myst_dmath_double_inline = True
 suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type']
-add_module_names = False
+add_module_names, highlight_language = False, 'text'   # a block without a language is a command
 toc_object_entries_show_parents = 'hide'
 
 def about(app): return json.loads((ROOT/'_proc'/'_sphinx.json').read_text(encoding='utf-8'))
@@ -37,7 +37,7 @@ def anchors(app, doctree):
     from docutils.nodes import entry
     from sphinx.addnodes import desc_signature
     for cell in doctree.findall(entry):
-        if len(cell.astext()) <= 26: cell['classes'].append('short')
+        cell['classes'] += ['short']*(len(cell.astext()) <= 26) + ['tiny']*(len(cell.astext()) <= 14)
     for sig in doctree.findall(desc_signature):
         if (name := sig.get('fullname', '').lower()) and name not in sig['ids']: sig['ids'].append(name)
     if app.site.get(app.env.docname, {}).get('run'): app.env.metadata[app.env.docname] |= dict(orphan=True, nosearch=True)

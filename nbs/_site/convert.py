@@ -1,5 +1,5 @@
 """What nbdev's processing leaves (a notebook in Quarto's flavour), as a notebook for MyST-NB."""
-import ast, functools, json, re
+import ast, base64, functools, json, re
 from pathlib import Path
 import yaml
 from pages import ROOT, Page
@@ -112,6 +112,11 @@ def alt_text(source:str, before:str, heading:str, directive:str='') -> str:
     text = '. '.join(w.rstrip('.') for w in words if w)
     return text if len(text) <= 300 else text[:300].rpartition(' ')[0] + ' …'
 
+def width(output) -> int:
+    "Of a PNG, in pixels of the page."
+    png = base64.b64decode(output['data']['image/png'][:64])
+    return output.get('metadata', {}).get('image/png', {}).get('width') or int.from_bytes(png[16:20], 'big')
+
 def code(cell, page:Page, links, before='', heading='') -> dict:
     "A code cell."
     found, source = directives(joined(cell['source']))
@@ -120,7 +125,7 @@ def code(cell, page:Page, links, before='', heading='') -> dict:
     meta = dict(tags=[t for t in cell['metadata'].get('tags', []) if 'parameters' in t])
     if found.get('echo') == 'false' or not source: meta['tags'].append('remove-input')
     elif page.section == 'Reports': meta['tags'].append('hide-input')     # who reads a report wants its tables
-    if images: meta['mystnb'] = dict(image=dict(alt=alt_text(source, before, heading, found.get('fig-alt', ''))))
+    if images: meta['mystnb'] = dict(image=dict(alt=alt_text(source, before, heading, found.get('fig-alt', ''))) | (dict(classes='wide') if max(map(width, images)) > 600 else {}))
     return dict(cell_type='code', id=cell.get('id', ''), metadata=meta, execution_count=None, source=source, outputs=shown)
 
 def exported(source:str) -> dict:
