@@ -37,7 +37,8 @@ def anchors(app, doctree):
     from docutils.nodes import entry
     from sphinx.addnodes import desc_signature
     for cell in doctree.findall(entry):
-        cell['classes'] += ['short']*(len(cell.astext()) <= 26) + ['tiny']*(len(cell.astext()) <= 14)
+        n = len(cell.astext())
+        cell['classes'] += ['short']*(n <= 26) + ['tiny']*(n <= 14) + ['long']*(n > 60)
     for sig in doctree.findall(desc_signature):
         if (name := sig.get('fullname', '').lower()) and name not in sig['ids']: sig['ids'].append(name)
     if app.site.get(app.env.docname, {}).get('run'): app.env.metadata[app.env.docname] |= dict(orphan=True, nosearch=True)

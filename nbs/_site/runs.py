@@ -51,7 +51,7 @@ def run_page(page:Page, links) -> tuple[dict, dict]:
     folder = page.source.removesuffix('notebook.ipynb')
     words = f'An executed run of {name} for {result["experiment"]}, scale {result["scale"]}' + (f': test accuracy {accuracy(result)} %' if accuracy(result) else '') + '.'
     body = [c for c in nb['cells'] if not joined(c['source']).startswith('# ')]
-    made = [titled(result['run'], words), text_cell(facts(page, result, asked, links)), text_cell('## The notebook, as it was executed'), *deeper(cells(dict(cells=body), page, links))]
+    made = [titled(f'`{result["run"]}`', words), text_cell(facts(page, result, asked, links)), text_cell('## The notebook, as it was executed'), *deeper(cells(dict(cells=body), page, links))]
     files = {n: folder + n for n in ('result.json', 'metrics.csv') if folder + n in links.files}
     return notebook(made), dict(title=result['run'], description=words, files=files)
 
