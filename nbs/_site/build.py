@@ -22,7 +22,7 @@ def fresh():
     "Start anew where the program that makes the site is newer than what it made."
     if not STATE.exists(): return
     newer = {p.name for p in [*HERE.glob('*.py'), *HERE.glob('templates/*'), ROOT/'settings.ini', ROOT/'pyproject.toml'] if p.stat().st_mtime > STATE.stat().st_mtime}
-    for folder in [PROC, DOCS] if newer & {'processing.py', 'settings.ini', 'pyproject.toml'} else [PROC/'_doctrees', DOCS] if newer else []: shutil.rmtree(folder, ignore_errors=True)
+    for folder in [PROC, DOCS] if newer & {'processing.py', 'settings.ini', 'pyproject.toml'} else [SOURCE, PROC/'_doctrees', DOCS] if newer else []: shutil.rmtree(folder, ignore_errors=True)
 
 def processed(n_workers:int):
     "nbdev's step, for the notebooks that changed since."
@@ -74,12 +74,21 @@ def toctrees(links) -> str:
         if names: out.append(f':::{{toctree}}\n:hidden:\n:caption: {section}\n' + '\n'.join(names) + '\n:::')
     return '\n\n'.join(out)
 
+def made_from(page:Page, links) -> list[Path]:
+    "What a page's contents depend on."
+    if page.is_run: return [ROOT/page.source, ROOT/page.source.replace('notebook.ipynb', 'result.json')]
+    return [PROC/page.source.removeprefix('nbs/'), *((ROOT/p.source for p in links.pages.values() if p.is_run) if page.is_experiment else ())]
+
 def converted(links):
-    "Our step: each notebook that nbdev processed, and each run, as a page for Sphinx."
+    "Our step: each notebook that nbdev processed, and each run, as a page for Sphinx; only what changed, while the pages are the same."
     known = {LIST: dict(title='Executed runs', description='Every run behind a number of this site.', files={}, edit='', notebook='', colab='', view='')}
+    before = json.loads(STATE.read_text(encoding='utf-8')) if STATE.exists() else {}
+    same = set(before) == {LIST, *(p.name for p in links.pages.values())}
     for page in links.pages.values():
+        there = SOURCE/f'{page.name}.ipynb'
+        if same and there.exists() and there.stat().st_mtime > max(p.stat().st_mtime for p in made_from(page, links)): known[page.name] = before[page.name]; continue
         nb, about = run_page(page, links) if page.is_run else nbs_page(page, links)
-        written(SOURCE/f'{page.name}.ipynb', json.dumps(nb, ensure_ascii=False, indent=1))
+        written(there, json.dumps(nb, ensure_ascii=False, indent=1))
         known[page.name] = about | dict(notebook=page.source, run=page.is_run, colab=links.colab(page.source), view=links.at_home(page.source), edit='' if page.is_run else links.at_home(page.source, 'edit'))
     written(SOURCE/f'{LIST}.md', run_list(links))
     for old in [p for p in SOURCE.rglob('*.ipynb') if p.relative_to(SOURCE).with_suffix('').as_posix() not in known]: old.unlink()
