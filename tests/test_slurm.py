@@ -123,6 +123,7 @@ def read_one(tmp_path):
     from fewshotmeta.batches import read_batch
     return read_batch(tmp_path/'nbs'/'one.yaml', runs=tmp_path/'runs')[0]
 
+@pytest.mark.xdist_group('taken back')           # `undisturbed` is made once
 @pytest.mark.parametrize('how', ['requeued', 'preempted'])
 def test_taken_back_by_the_cluster_in_mid_run(slurm, undisturbed, tmp_path, record, how):
     "`scontrol requeue` kills the job and queues it again; a preemption's signal (USR2) makes submitit do so. Either way: the same bytes as undisturbed."
