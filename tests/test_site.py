@@ -100,7 +100,8 @@ def seen(browser, address, names):
     alike = set([n for n in names if n.startswith('runs/') and n != 'runs/index'][2:])
     said, asked = [], []
     page.on('console', lambda m: m.type in ('error', 'warning') and said.append(m.text)); page.on('pageerror', lambda e: said.append(str(e)))
-    page.on('requestfailed', lambda r: said.append(f'failed: {r.url}')); page.on('request', lambda r: asked.append(r.url))
+    page.on('requestfailed', lambda r: r.failure != 'net::ERR_ABORTED' and said.append(f'failed: {r.url}'))   # aborted: the next page came first
+    page.on('request', lambda r: asked.append(r.url))
     page.on('response', lambda r: r.status >= 400 and said.append(f'{r.status}: {r.url}'))
     for name in names:
         said.clear(); asked.clear()
