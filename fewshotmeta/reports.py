@@ -205,6 +205,6 @@ def picture(
     from IPython.display import Image
     cells = json.loads((Path(folder)/'notebook.ipynb').read_text(encoding='utf-8'))['cells']
     under = next((i for i, c in enumerate(cells) if c['cell_type'] == 'markdown' and re.search(rf'^#.*{re.escape(heading)}', ''.join(c['source']), re.M)), len(cells))
-    found = [o['data']['image/png'] for c in cells[under:] for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
+    found = [o for c in cells[under:] for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
     if not found: raise ValueError(f'{folder}/notebook.ipynb has no picture under a heading with {heading!r}')
-    return Image(base64.b64decode(''.join(found[0])))
+    return Image(base64.b64decode(''.join(found[0]['data']['image/png'])), width=found[0]['metadata'].get('image/png', {}).get('width'))

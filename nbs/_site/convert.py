@@ -125,7 +125,7 @@ def code(cell, page:Page, links, before='', heading='') -> dict:
     meta = dict(tags=[t for t in cell['metadata'].get('tags', []) if 'parameters' in t])
     if found.get('echo') == 'false' or not source: meta['tags'].append('remove-input')
     elif page.section == 'Reports': meta['tags'].append('hide-input')     # who reads a report wants its tables
-    if images: meta['mystnb'] = dict(image=dict(alt=alt_text(source, before, heading, found.get('fig-alt', ''))) | (dict(classes='wide') if max(map(width, images)) > 600 else {}))
+    if images: meta['mystnb'] = dict(image=dict(alt=alt_text(source, before, heading, found.get('fig-alt', ''))) | (dict(classes='wide') if max(map(width, images)) > 600 else {}) | (dict(width=f'{max(map(width, images)) + 16}px') if images[0].get('metadata') else {}))   # drawn for a sharp screen, with more pixels than its width; 16: the padding
     return dict(cell_type='code', id=cell.get('id', ''), metadata=meta, execution_count=None, source=source, outputs=shown)
 
 def exported(source:str) -> dict:
