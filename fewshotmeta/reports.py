@@ -121,10 +121,11 @@ def links(folders, start='.') -> str:
 def beside_table(
     rows:list, # of `beside`
 ) -> str:      # Markdown
-    "The same as a table; under it what the published ± is, and the numbers of methods that are not built here."
-    columns, built = ('row', 'column', 'published', 'published ±', 'ours', 'ours ±', 'scale', 'seeds', 'tasks', 'queries', 'run'), [r for r in rows if r['ours'] != NOT_BUILT]
-    notes = _notes(built)
-    lines = [columns, ['---']*len(columns)] + [[str((r | {'published ±': notes[r['published ±']]}).get(c, '')) for c in columns] for r in built]
+    "The same as a table, the methods of a column under each other and columns without data last; under it what ± is, and the numbers of methods that are not built here."
+    head, built = ('row', 'column', 'published', 'ours', '±', 'scale', 'seeds', 'tasks', 'queries', 'run'), [r for r in rows if r['ours'] != NOT_BUILT]
+    columns = sorted(dict.fromkeys(r['column'] for r in built), key=lambda c: all(r['ours'] == NO_DATA for r in built if r['column'] == c))
+    built, notes = sorted(built, key=lambda r: columns.index(r['column'])), _notes(built)
+    lines = [head, ['---']*len(head)] + [[str(_line(r, notes).get(c, '')) for c in head] for r in built]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines if built) + _under(rows, built)
 
 # %% ../nbs/33_reports.ipynb #45a968da
@@ -132,13 +133,24 @@ def _notes(built):
     "A letter for each meaning of the published ±."
     return {'': ''} | {m: chr(97 + i) for i, m in enumerate(m for m in dict.fromkeys(r['published ±'] for r in built) if m)}
 
+def _line(r, notes):
+    "A row as it is shown: a letter for what the published ± is, if they differ; one word for ours; a link to each seed."
+    letter = f' ({notes[r["published ±"]]})' if r['published ±'] and len(notes) > 2 else ''
+    return r | {'published': r['published'] + letter, '±': _short(r.get('ours ±', '')), 'run': re.sub(r'\[[^]]*_(seed\d+)\]', r'[\1]', r.get('run', ''))}
+
+def _short(meaning): return meaning.split(' over ')[0].replace('standard deviation', 's. d.')
+
+_MEANING = {'95 %': 'the interval of the mean over the test tasks', 's. d.': 'the standard deviation over seeds'}
+
 def _under(rows, built):
     "What stands under a table."
-    said, others = ['Published ±: ' + '; '.join(f'({v}) {k}' for k, v in notes.items() if k) + '.'] if len(notes := _notes(built)) > 1 else [], {}
+    notes, ours, others = [(k, v) for k, v in _notes(built).items() if k], dict.fromkeys(_short(r.get('ours ±', '')) for r in built), {}
+    said = ['Published ±: ' + '; '.join(f'({v}) {k}' if len(notes) > 1 else k for k, v in notes) + '.'] if notes else []
+    if told := [f'{k} is {_MEANING[k]}' for k in ours if k in _MEANING]: said.append('Ours ±: ' + '; '.join(told) + '.')
     for r in rows:
         if r['ours'] == NOT_BUILT: others.setdefault(r['row'], []).append(f'{r["column"]} {r["published"]}')
-    said += [f'Also in this table, {NOT_BUILT}: ' + '; '.join(f'{name} ({", ".join(v)})' for name, v in others.items()) + '.'] if others else []
-    return ''.join(f'\n\n{s}' for s in said)
+    listed = '\n'.join(f'- {name}: {", ".join(v)}' for name, v in others.items())
+    return '\n\n'.join(['', *filter(None, [' '.join(said), f'<details><summary>Also in this table, {NOT_BUILT}: {len(others)}</summary>\n\n{listed}\n\n</details>' if others else ''])])
 
 # %% ../nbs/33_reports.ipynb #0079cc3d
 def wide_table(

@@ -56,8 +56,16 @@ def test_beside_says_what_is_and_what_is_not(runs):
     assert rows[1] == {'row': 'MAML++', 'column': '20-way 1-shot', 'published': '97.65 ± 0.05 (text: 97.76)', 'published ±': 'standard deviation over 3 seeds', 'ours': '91.23 ± 0.46',
                        'ours ±': '95 % over 600 tasks', 'scale': 'short', 'seeds': 1, 'tasks': 600, 'queries': '', 'run': '[maml_short_seed0](../../runs/table/maml_short_seed0/notebook.ipynb)'}
     table, _, under = beside_table(rows + [dict(row='Siamese Nets', column='20-way 1-shot', published='88.2', ours=NOT_BUILT)]).partition('\n\n')
-    assert len(table.splitlines()) == 5 and {line.count('|') for line in table.splitlines()} == {12} and [line.split('|')[4].strip() for line in table.splitlines()[2:]] == ['a', 'b', 'b']
-    assert under == 'Published ±: (a) as quoted; (b) standard deviation over 3 seeds.\n\nAlso in this table, not built here: Siamese Nets (20-way 1-shot 88.2).'
+    assert len(table.splitlines()) == 5 and {line.count('|') for line in table.splitlines()} == {11}
+    shown = [[v.strip() for v in line.split('|')[1:-1]] for line in table.splitlines()[2:]]
+    assert [(r[1], r[2][-3:], r[3]) for r in shown] == [('20-way 1-shot', '(a)', NO_DATA), ('20-way 1-shot', '(b)', '91.23 ± 0.46'), ('20-way 5-shot', '(b)', NO_RUN)]
+    assert shown[1][4:] == ['95 %', 'short', '1', '600', '', '[seed0](../../runs/table/maml_short_seed0/notebook.ipynb)']
+    assert under.startswith('Published ±: (a) as quoted; (b) standard deviation over 3 seeds. Ours ±: 95 % is the interval of the mean over the test tasks.\n\n<details>') and '- Siamese Nets: 20-way 1-shot 88.2' in under
+
+def test_columns_without_data_come_last_and_one_meaning_has_no_letter():
+    rows = [dict(zip(('row', 'column', 'published', 'published ±', 'ours'), r)) for r in (('A', 'CUB', '1', 'x', NO_DATA), ('A', 'mini', '2', 'x', NO_RUN), ('B', 'CUB', '3', 'x', NO_DATA), ('B', 'mini', '4', 'x', NO_DATA))]
+    table, _, under = beside_table(rows).partition('\n\n')
+    assert [line.split('|')[3].strip() for line in table.splitlines()[2:]] == ['2', '4', '1', '3'] and under == 'Published ±: x.'
 
 def test_units_and_other_metrics(runs):
     found = find_runs(runs(result('maml_short_seed0', mean=.5)), 'table')['maml']
