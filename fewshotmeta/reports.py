@@ -159,18 +159,19 @@ def wide_table(
     "The same with the published columns side by side, each cell `published → ours`."
     columns, lines = sorted(dict.fromkeys(r['column'] for r in rows), key=lambda c: int(c) if c.isdigit() else 0), {}
     for r in rows: lines.setdefault(r['row'], {})[r['column']] = r
-    body = [[name, *(_pair(here.get(c)) for c in columns), *_origin(here.values())] for name, here in lines.items()]
-    head = ['', *columns, 'scale', 'seeds', 'tasks', 'queries', '±', 'run']
+    body = [[name, run, *(_pair(here.get(c)) for c in columns), *origin] for name, here in lines.items() for run, *origin in [_origin(here.values())]]
+    head = ['', 'run', *columns, 'scale', 'seeds', 'tasks', 'queries', '±']
     return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in [head, ['---']*len(head), *body])
 
 # %% ../nbs/33_reports.ipynb #dbc67da1
 def _pair(r): return '' if r is None else f'{r["published"]} → {r["ours"] if "scale" in r else "–"}'
 
 def _origin(cells):
-    "Scale, seeds, tasks, what ± is and the runs of a row; or why there is nothing."
+    "The runs of a row, or why there is none; scale, seeds, tasks, queries, what ± is."
     with_run = [r for r in cells if 'scale' in r]
-    said = {k: ' '.join(dict.fromkeys(str(r[k]) for r in with_run)) for k in ('scale', 'seeds', 'tasks', 'queries', 'ours ±', 'run')}
-    return list(said.values()) if with_run else [', '.join(dict.fromkeys(r['ours'] for r in cells)), '', '', '', '', '']
+    said = {k: ' '.join(dict.fromkeys(str(r[k]) for r in with_run)) for k in ('run', 'scale', 'seeds', 'tasks', 'queries', 'ours ±')}
+    said['run'] = re.sub(r'_(?:short|paper)(?:_seed\d+)?\]', ']', said['run']) or ', '.join(dict.fromkeys(r['ours'] for r in cells))
+    return list(said.values())
 
 # %% ../nbs/33_reports.ipynb #5e1056e1
 AGREES, TOGETHER, OPPOSITE, UNEQUAL = 'same order', 'not apart', 'other order', 'scales differ'

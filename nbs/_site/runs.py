@@ -70,7 +70,7 @@ def run_list(links) -> str:
     parts = ['# Executed runs\n\n{.lead}\nEvery run behind a number of this site: its parameters, its result and the notebook as it was executed.\n']
     for name, found in sorted(groups.items()):
         yaml = f'nbs/experiments/{name}.yaml'
-        origin = f'Listed in [{name}.yaml](../{yaml}).\n\n' if yaml in links.files else ''
+        origin = f'Listed in [{name}.yaml](../{yaml}).\n\n' if yaml in links.files else 'Single runs, in no batch file; [the report on Omniglot](../reports/omniglot.html) says what they are for.\n\n'
         rows = [(f'[{r["run"]}]({p.name.removeprefix("runs/")}.html)', r['notebook'].removesuffix('.ipynb'), r['scale'], accuracy(r), duration(r['seconds'])) for p, r in found]
         parts.append(f'## {name}\n\n{origin}' + table(('run', 'experiment', 'scale', 'test accuracy, %', 'time'), rows) + '\n')
     return '\n'.join(parts)
