@@ -31,10 +31,11 @@ def processed(n_workers:int):
     from processing import SiteFilter
     if 'fewshotmeta' not in NbdevLookup().entries: sys.exit('the package fewshotmeta, as it is installed, does not tell nbdev its names: install it again with `pip install -e .`')
     nbdev.serve.FilterDefaults = SiteFilter
-    for source in PROC.rglob('*.ipynb') if PROC.exists() else []:   # nbdev compares times with its folder's, too, and would miss what was saved meanwhile
-        rel = source.relative_to(PROC)
-        if rel.parts[0] != '_sphinx' and (not (ROOT/'nbs'/rel).exists() or (ROOT/'nbs'/rel).stat().st_mtime > source.stat().st_mtime): source.unlink()
-    nbdev.serve.proc_nbs(n_workers=n_workers)
+    sources = [s for s in PROC.rglob('*.ipynb') if s.relative_to(PROC).parts[0] != '_sphinx']
+    origin = lambda source: ROOT/'nbs'/source.relative_to(PROC)
+    changed = [s for s in sources if not origin(s).exists() or origin(s).stat().st_mtime > s.stat().st_mtime]
+    for source in changed: source.unlink()       # nbdev compares times with its folder's, too, and would miss what was saved meanwhile
+    nbdev.serve.proc_nbs(n_workers=n_workers if not sources or len(changed) > 3 else 0)     # a worker imports torch anew, which takes longer than a notebook
 
 def result_of(page:Page): return read(ROOT/page.source.replace('notebook.ipynb', 'result.json'))
 

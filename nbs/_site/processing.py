@@ -13,6 +13,7 @@ def plain(text:str) -> str:
 def type_name(anno) -> str:
     "An annotation as one writes it."
     if anno is inspect.Parameter.empty or anno is None or anno is type(None) or isinstance(anno, inspect._ParameterKind): return ''
+    if anno is type(print): return 'function'
     text = anno if isinstance(anno, str) else anno.__name__ if isinstance(anno, type) and not hasattr(anno, '__args__') else str(anno)
     return re.sub(r'\b(?:[A-Za-z_]\w*\.)+(?=\w)', '', text)
 
