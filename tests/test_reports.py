@@ -2,6 +2,7 @@
 import statistics
 import pytest
 from conftest import ROOT
+from fewshotmeta.batches import read_batch
 from fewshotmeta.files import BadFile, write_json
 from fewshotmeta.reports import *
 
@@ -101,6 +102,14 @@ def test_a_wide_table(runs):
     head, _, two, five, maml = [[c.strip() for c in line.split('|')[1:-1]] for line in text.splitlines()]
     assert head == ['', 'run', '2', '3', 'scale', 'seeds', 'tasks', 'queries', '±'] and two[2:7] == ['82.95 → 80.00 ± 1.00', '72.93 → –', 'short', '1', '600'] and two[1].startswith('[hidra](') and 'notebook.ipynb' in two[1]
     assert five[1:4] == [NO_RUN, '77.48 → –', ''] and maml[1:4] == [NO_DATA, '', '70.06 → –']
+
+def test_what_has_been_run_of_a_batch_file(tmp_path):
+    file = ROOT/'nbs'/'experiments'/'mamlpp_t4.yaml'
+    of = lambda: [c.strip() for c in coverage([file], tmp_path).splitlines()[2].split('|')[1:-1]]
+    assert of() == ['mamlpp_t4.yaml', '0 of 6', 'maml_1shot, mamlpp_1shot, meta_sgd_1shot, maml_5shot, mamlpp_5shot, meta_sgd_5shot', '–']
+    for p in read_batch(file, 'short', 'm*_1shot*', tmp_path): write_json(p.folder/'result.json', {})
+    assert of()[1:3] == ['3 of 6', 'maml_5shot, mamlpp_5shot, meta_sgd_5shot']
+    assert [line.split('|')[4].strip() for line in coverage([file.with_name('mamlpp_t2.yaml')], tmp_path).splitlines()[2:]] == ['16']
 
 @pytest.mark.parametrize('a,b,verdict', [(.9, .8, AGREES), (.8, .9, OPPOSITE), (.9, .895, TOGETHER)])
 def test_order_of_two_methods(a, b, verdict):
