@@ -262,6 +262,12 @@ def test_links_go_to_pages_files_or_home_and_nowhere_else():
     assert links('https://fewshotmeta.github.io/fewshotmeta/maml.html#fast', report) == '../maml.html#fast' and links('https://arxiv.org/abs/1', maml) == 'https://arxiv.org/abs/1'
     with pytest.raises(ValueError, match=r'10_maml.ipynb: a link to 1_maml.ipynb, but there is no nbs/1_maml.ipynb'): links('1_maml.ipynb', maml)
 
+def test_a_run_s_outputs_go_to_the_same_code():
+    from convert import with_outputs_of
+    cell = lambda source, *outputs: dict(cell_type='code', source=source, outputs=list(outputs), metadata={})
+    nb, same = with_outputs_of(dict(cells=[cell('%config x\nf(1)', 'smoke'), cell('g(2)', 'smoke')]), dict(cells=[cell('#| echo: false\nf(1)', 'run'), cell('g(3)', 'run')]))
+    assert [c['outputs'] for c in nb['cells']] == [['run'], []] and same == 1
+
 def test_new_notebooks_find_their_section():
     from pages import in_order
     order = in_order(['index', '00a_data', '10_maml', '12a_mine', '18_ranks', '18a_yours', '20_training', '24_more', 'findings', 'howto/cluster', 'howto/another', '50_odd'])

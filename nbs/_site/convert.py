@@ -157,7 +157,10 @@ def titled(title:str, lead:str) -> dict:
     "Title and the line under it."
     return text_cell(f'# {title}\n\n' + (f'{{.lead}}\n{lead}\n' if lead else ''))
 
-def same_code(a, b): return directives(joined(a['source']))[1].strip() == directives(joined(b['source']))[1].strip()
+def same_code(a, b):
+    "Whether two cells compute the same: a notebook's magics, say for its figures, are no part of that."
+    bare = lambda cell: re.sub(r'^%.*\n?', '', directives(joined(cell['source']))[1], flags=re.M).strip()
+    return bare(a) == bare(b)
 
 def with_outputs_of(nb, run) -> tuple[dict, int]:
     "An experiment with the outputs of an executed run instead of its own, where the code is the same; and at how many cells it is."
