@@ -173,7 +173,7 @@ def run_notebook(
     force:bool=False,  # run again what is finished, from the start
     quiet:bool=False,  # do not show the notebook's own output
     limit:float=0,     # minutes after which the run is stopped; 0: no limit
-    since:str='',      # with `force`: a result that was finished after this time (ISO 8601, UTC) is not made again
+    since:str='',      # what has failed after this time (ISO 8601, UTC), and with `force` what was finished, is not executed again
     note:dict|None=None, # left beside the run's lock while it goes on, for who looks
 ) -> dict:             # the result, as in result.json
     "Execute a notebook by papermill. Raises `BadParameters`, `RunBusy`, `RunFailed`, `OSError`; leaves nothing half-written."
@@ -184,7 +184,7 @@ def run_notebook(
     runs = Path(runs or project_folder(notebook)/'runs')
     if (done := _finished(runs/experiment/slug, notebook.name, params, force, since)) is not None: _forget_failure(runs, experiment, slug); return done
     if int(os.environ.get('RANK', 0)): return _follow(notebook, runs/experiment/slug, params, given, limit)
-    with _mine(runs, experiment, slug, note or {}) as folder:
+    with _mine(runs, experiment, slug, note or {}, since) as folder:
         if (done := _finished(folder, notebook.name, params, force, since)) is not None:         # finished while we waited
             if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise RunBusy(f'{experiment}/{slug} was finished by another process just now')      # the other ranks must not wait for us
             return done
@@ -219,19 +219,28 @@ def marker(runs, experiment, slug, kind='json') -> Path:
     return Path(runs)/'.state'/experiment/f'{slug}.{kind}'
 
 @contextlib.contextmanager
-def _mine(runs, experiment, slug, more):
-    "Hold the run's lock; yields its folder."
+def _mine(runs, experiment, slug, more, since=''):
+    "Hold the run's lock; yields its folder. Who looked before another's run failed is refused: it is not his to try again."
     note = marker(runs, experiment, slug)
     try: lock = contextlib.ExitStack(); lock.enter_context(locked(marker(runs, experiment, slug, 'lock'), wait=.3))
     except TimeoutError: raise RunBusy(f'{experiment}/{slug} is being executed by another process{_who(note)}') from None
     with lock:
+        if since and _failed_at(runs, experiment, slug) >= since: raise RunBusy(f'{experiment}/{slug} has failed in another process just now')
         _forget_failure(runs, experiment, slug)
         write_json(note, more | dict(pid=os.getpid(), host=socket.gethostname(), since=time.time()))
         try: yield Path(runs)/experiment/slug
         finally: note.unlink(missing_ok=True)
 
+def _failures(runs, experiment, slug): return Path(runs)/experiment/slug/'failed.json', marker(runs, experiment, slug, 'failed.json')
+
+def _failed_at(runs, experiment, slug):
+    "When a run failed; empty if it did not."
+    for f in _failures(runs, experiment, slug):
+        with contextlib.suppress(BadFile, OSError): return read_json(f)['when']
+    return ''
+
 def _forget_failure(runs, experiment, slug):
-    for f in (Path(runs)/experiment/slug/'failed.json', marker(runs, experiment, slug, 'failed.json')):
+    for f in _failures(runs, experiment, slug):
         with contextlib.suppress(NotADirectoryError): f.unlink(missing_ok=True)
 
 def read_marker(runs, experiment, slug) -> dict:

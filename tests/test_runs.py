@@ -95,6 +95,17 @@ def test_a_notebook_that_raises(tmp_path):
     run(good)
     assert files(good, 'demo', 'one') == ['notebook.ipynb', 'result.json']
 
+def test_what_failed_since_is_left_to_who_saw_it(tmp_path):
+    "A worker that looked before another's run failed, and got its lock after: it neither executes it again nor forgets the failure."
+    nb = notebook(tmp_path, 'x = 1', 'open("traces", "a").write("x")\nraise KeyError("gone")')
+    with pytest.raises(RunFailed): run(nb)
+    record, traces = tmp_path/'runs'/'demo'/'one'/'failed.json', lambda: len(next(tmp_path.rglob('traces')).read_text())
+    failed = record.read_text()
+    with pytest.raises(RunBusy, match='demo/one has failed in another process just now'): run(nb, since='2000-01-01T00:00:00+00:00')
+    assert record.read_text() == failed and traces() == 1
+    with pytest.raises(RunFailed): run(nb, since='3000-01-01T00:00:00+00:00')
+    assert traces() == 2
+
 @pytest.mark.parametrize('cells,words', [(('1',), r'report\(\) 0 times'), ((REPORT, REPORT), r'report\(\) 2 times'), (('from fewshotmeta.runs import report\nreport(a=float("nan"))',), 'a=nan: a result is a finite number')])
 def test_one_finite_result(tmp_path, cells, words):
     nb = notebook(tmp_path, 'x = 1', *cells)
