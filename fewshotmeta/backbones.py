@@ -67,6 +67,11 @@ class Conv4:
         return self.filters if self.average or self.down == 'stride' else self.filters*side*side
 
     @property
+    def shares_calls(self) -> bool:
+        "Whether a CPU adapts small tasks faster together than one by one: where each block is one call of C."
+        return self.norm == 'transductive' and self.filters % 16 == 0 and library(torch.float32) is not None
+
+    @property
     def norm_names(self) -> frozenset:
         "Names of the norm's parameters, which most papers keep out of the inner loop."
         kinds = ('weight', 'bias') if self.affine == 'both' else ('bias',)
@@ -179,7 +184,7 @@ def init_head(
 # %% ../nbs/03_backbones.ipynb #75f4e8ab
 class ModuleBackbone:
     "Any `nn.Module` that maps images (n, C, H, W) to features (n, ...), as a backbone."
-    norm, norm_steps = 'transductive', None
+    norm, norm_steps, shares_calls = 'transductive', None, False
     def __init__(self,
         module:nn.Module, # images to features; its own last linear layer should be gone
         channels:int=3,   # of the images

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .files import *
 from .layers import *
-from .layers import CHOICES, _conv, _direct
+from .layers import CHOICES, _conv, _direct, _Each
 
 # %% ../nbs/02a_kernels.ipynb #7bcb2bc2
 _PRELUDE = r"""
@@ -423,7 +423,14 @@ void wino_weight(const T *x, const T *gy, Z N, Z H, Z W, Z C, Z O, T *gw) {
     free(U); free(v); free(m); free(zero);
 }
 """
-_SOURCE = ''.join([_PRELUDE, _MOMENTS, _FORWARD, _BACKWARD, _TWICE, _PATCHES, _FIRST, _FIRST_WEIGHT, _FIRST_AT, _PRODUCT, _TILES, _WINO_FORWARD, _WINO_WEIGHT])
+_KERNELS = ''.join([_PRELUDE, _MOMENTS, _FORWARD, _BACKWARD, _TWICE, _PATCHES, _FIRST, _FIRST_WEIGHT, _FIRST_AT, _PRODUCT, _TILES, _WINO_FORWARD, _WINO_WEIGHT])
+_signatures = lambda source: [(name, args.split(',')) for name, args in re.findall(r'^void (\w+)\(([^)]*)\)', source, re.M)]
+
+def _of_tasks(name, args):
+    "A kernel called for each task: every array moves on by its own stride, in elements."
+    passed = ((re.search(r'\w+$', a)[0], i, '*' in a) for i, a in enumerate(args))
+    return f'void {name}_tasks(Z tasks, const Z *stride, {",".join(args)}) {{ for (Z task = 0; task < tasks; task++) {name}({", ".join(f"{a} + task*stride[{i}]" if array else a for a, i, array in passed)}); }}\n'
+_SOURCE = _KERNELS + ''.join(_of_tasks(*s) for s in _signatures(_KERNELS))
 
 # %% ../nbs/02a_kernels.ipynb #b5b0004d
 _CFLAGS = '-O2 -march=native -fno-math-errno -std=gnu11 -fPIC -shared'.split()
@@ -456,8 +463,7 @@ _C = {'*': ctypes.c_void_p, 'Z': ctypes.c_longlong, 'double': ctypes.c_double}
 
 def _typed(lib):
     "Tell ctypes the arguments of each function, as the source has them."
-    for name, args in re.findall(r'^void (\w+)\(([^)]*)\)', _SOURCE, re.M):
-        getattr(lib, name).argtypes = [_C['*' if '*' in a else a.split()[0]] for a in args.split(',')]
+    for name, args in _signatures(_SOURCE): getattr(lib, name).argtypes = [_C['*' if '*' in a else a.split()[0]] for a in args]
     return lib
 
 @lru_cache
@@ -476,8 +482,11 @@ def _library(dtype):
         warnings.warn(f'the fused kernels could not be compiled, PyTorch\'s operations serve instead: {getattr(e, "stderr", None) or e}')
 
 # %% ../nbs/02a_kernels.ipynb #02322a90
-def _call(name, dtype, *args):
-    getattr(_library(dtype), name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in args))
+def _call(name, dtype, tasks, *args):
+    lib, values = _library(dtype), [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
+    if tasks == 1: return getattr(lib, name)(*values)
+    stride = (ctypes.c_longlong*len(args))(*(a.numel()//tasks if isinstance(a, Tensor) else 0 for a in args))
+    getattr(lib, f'{name}_tasks')(tasks, stride, *values)
 
 def _images(like, n, c, h, w, dtype=None):
     "Uninitialised images (n, c, h, w), channels-last."
@@ -486,60 +495,63 @@ def _images(like, n, c, h, w, dtype=None):
 # %% ../nbs/02a_kernels.ipynb #565a92e9
 class _Winograd(NamedTuple):
     "3×3 convolution, stride 1, padding 1, and its two derivatives; the C wants channels-last, which a cotangent need not be."
+    tasks:int=1     # images (tasks·n, C, H, W), weights (tasks·O, C, 3, 3)
     def forward(self, x, w):
-        (n, c, h, width), o, x = x.shape, len(w), channels_last(x)
-        y = _images(x, n, o, h, width)
-        _call('wino_forward', x.dtype, x, n, h, width, c, o, w.permute(2, 3, 1, 0).contiguous(), c*o, o, 0, y)
+        (n, c, h, width), o, x = x.shape, len(w)//self.tasks, channels_last(x)
+        y, w = _images(x, n, o, h, width), w.unflatten(0, (self.tasks, o)).permute(0, 3, 4, 2, 1).contiguous()
+        _call('wino_forward', x.dtype, self.tasks, x, n//self.tasks, h, width, c, o, w, c*o, o, 0, y)
         return y
     def to_input(self, gy, x, w):
         (n, o, h, width), c, gy, w = gy.shape, w.shape[1], channels_last(gy), channels_last(w)
         gx = _images(gy, n, c, h, width)
-        _call('wino_forward', gy.dtype, gy, n, h, width, o, c, w, c, 9*c, 1, gx)
+        _call('wino_forward', gy.dtype, self.tasks, gy, n//self.tasks, h, width, o, c, w, c, 9*c, 1, gx)
         return gx
     def to_weight(self, gy, x, w):
         (n, c, h, width), o, x, gy = x.shape, gy.shape[1], channels_last(x), channels_last(gy)
-        gw = x.new_empty(3, 3, c, o)
-        _call('wino_weight', x.dtype, x, gy, n, h, width, c, o, gw)
-        return channels_last(gw.permute(3, 2, 0, 1))
+        gw = x.new_empty(self.tasks, 3, 3, c, o)
+        _call('wino_weight', x.dtype, self.tasks, x, gy, n//self.tasks, h, width, c, o, gw)
+        return channels_last(gw.permute(0, 4, 3, 1, 2).flatten(0, 1))
 
 @lru_cache
 def _wide(): return 'avx512f' in _processor()     # its 32 registers of 64 bytes hold the matrix product's sums; elsewhere it is not known to pay
 
-def _filters(x, w, stride):
-    "The convolution of a block: Winograd's where the plan says so and it pays, else PyTorch's."
+def _filters(x, w, stride, tasks, n):
+    "The convolution of a block, `n` images a task: Winograd's where the plan says so and it pays, else PyTorch's. Which does not depend on the number of tasks."
     plan, vector = active(), 64//x.element_size()
-    pays = _wide() and stride == 1 and min(x.shape[2:]) >= 5 and x.shape[1] % vector == len(w) % vector == 0
-    return _conv(x, w, _Winograd() if plan.conv == 'winograd' and plan.precision == 'float32' and pays else _direct(stride, 1, 1, x.dtype))
+    pays = _wide() and stride == 1 and (min(x.shape[2:]) > 3 or n <= 16) and x.shape[1] % vector == len(w)//tasks % vector == 0
+    if plan.conv == 'winograd' and plan.precision == 'float32' and pays: return _conv(x, w, _Winograd(tasks))
+    direct = _direct(stride, 1, 1, x.dtype)
+    return _conv(x, w, direct if tasks == 1 else _Each(direct, tasks))
 
 # %% ../nbs/02a_kernels.ipynb #e51ed84c
 def _twice_only():
     if torch.is_grad_enabled(): raise RuntimeError("the fused kernels have two derivatives, and a third was asked for (create_graph=True while differentiating a gradient): use plan_for('cpu', 'plain')")
 
 class _NormPool(torch.autograd.Function):
-    "act(max over 2×2 of norm(y)) of (n, C, H, W) by the batch's own statistics; returns z and aff."
+    "act(max over 2×2 of norm(y)) of (tasks·n, C, H, W) by each task's own statistics; returns z and aff, (tasks, 4, C)."
     @staticmethod
     def forward(ctx, y, gamma, beta, eps, leak, pool):
-        y, (n, c, h, w) = channels_last(y), y.shape
+        y, (n, c, h, w), tasks = channels_last(y), y.shape, len(gamma)
         shape = (n, c, h//2, w//2) if pool else y.shape
-        z, aff = _images(y, *shape), y.new_empty(4, c)
+        z, aff = _images(y, *shape), y.new_empty(tasks, 4, c)
         p, k = (_images(y, *shape), _images(y, *shape, torch.uint8)) if pool else (y, None)
-        _call('norm_forward', y.dtype, y, n, h, w, c, int(pool), gamma.contiguous(), beta.contiguous(), float(eps), float(leak), z, p, k, aff)
+        _call('norm_forward', y.dtype, tasks, y, n//tasks, h, w, c, int(pool), gamma.contiguous(), beta.contiguous(), float(eps), float(leak), z, p, k, aff)
         ctx.save_for_backward(y, gamma, p, k, aff); ctx.how = leak, pool
         ctx.mark_non_differentiable(aff)
         return z, aff
     @staticmethod
     def backward(ctx, gz, _):
         gy, sums = _NormPoolBackward.apply(channels_last(gz), *ctx.saved_tensors, ctx.how)
-        return gy, sums[1], sums[0], None, None, None
+        return gy, sums[:, 1], sums[:, 0], None, None, None
 
 class _NormPoolBackward(torch.autograd.Function):
-    "gz to gy and the gradients of shift and scale, (2, C)."
+    "gz to gy and the gradients of shift and scale, (tasks, 2, C)."
     @staticmethod
     def forward(ctx, gz, y, gamma, p, k, aff, how):
         leak, pool = how
-        n, c, h, w = y.shape
-        gy, sums = torch.empty_like(y), y.new_empty(2, c)
-        _call('norm_backward', y.dtype, gz, y, p, k, n, h, w, c, int(pool), aff, float(leak), gy, sums)
+        (n, c, h, w), tasks = y.shape, len(gamma)
+        gy, sums = torch.empty_like(y), y.new_empty(tasks, 2, c)
+        _call('norm_backward', y.dtype, tasks, gz, y, p, k, n//tasks, h, w, c, int(pool), aff, float(leak), gy, sums)
         ctx.save_for_backward(gz, y, gamma, p, k, aff, sums); ctx.how = how
         return gy, sums
     @staticmethod
@@ -547,22 +559,21 @@ class _NormPoolBackward(torch.autograd.Function):
         _twice_only()
         gz, y, gamma, p, k, aff, sums = ctx.saved_tensors
         leak, pool = ctx.how
-        n, c, h, w = y.shape
-        u, (on_shift, on_scale) = channels_last(u), on_sums.contiguous()
-        to_gz, to_y, to_gamma = torch.empty_like(gz), torch.empty_like(y), gamma.new_empty(c)
-        _call('norm_twice', y.dtype, u, on_scale, on_shift, gz, y, p, k, n, h, w, c, int(pool), gamma.contiguous(), aff, sums, float(leak), to_gz, to_y, to_gamma)
+        (n, c, h, w), tasks = y.shape, len(gamma)
+        u, (on_shift, on_scale) = channels_last(u), (s.contiguous() for s in on_sums.unbind(1))
+        to_gz, to_y, to_gamma = torch.empty_like(gz), torch.empty_like(y), gamma.new_empty(tasks, c)
+        _call('norm_twice', y.dtype, tasks, u, on_scale, on_shift, gz, y, p, k, n//tasks, h, w, c, int(pool), gamma.contiguous(), aff, sums, float(leak), to_gz, to_y, to_gamma)
         return to_gz, to_y, to_gamma, None, None, None, None
 
 # %% ../nbs/02a_kernels.ipynb #dd050db4
 class _First(torch.autograd.Function):
-    "z = act(max over 2×2 of (x * w + b)), w (9·channels, C); the images have no gradient."
+    "z = act(max over 2×2 of (x * w + b)), w (tasks, 9·channels, C), b (tasks, C); the images have no gradient."
     @staticmethod
     def forward(ctx, x, w, b, stride, leak, pool):
-        n, d, h, wd = x.shape
-        c, side = w.shape[1], lambda s: ((s - 1)//stride + 1)//(1 + pool)
+        (n, d, h, wd), (tasks, _, c), side = x.shape, w.shape, lambda s: ((s - 1)//stride + 1)//(1 + pool)
         z = _images(x, n, c, side(h), side(wd)); k = _images(x, *z.shape, torch.uint8) if pool else None
-        ctx.how = n, h, wd, d, c, stride, int(pool)
-        _call('first_forward', x.dtype, x, *ctx.how, w.contiguous(), b.contiguous(), float(leak), z, k)
+        ctx.how = n//tasks, h, wd, d, c, stride, int(pool)
+        _call('first_forward', x.dtype, tasks, x, *ctx.how, w.contiguous(), b.contiguous(), float(leak), z, k)
         ctx.save_for_backward(x, z, k); ctx.leak = float(leak)
         return z
     @staticmethod
@@ -574,9 +585,9 @@ class _FirstWeight(torch.autograd.Function):
     "gz to the gradients of w and b."
     @staticmethod
     def forward(ctx, gz, x, z, k, how, leak):
-        d, c = how[3:5]
-        gw, gb = torch.zeros(9*d, c, dtype=torch.float64), torch.zeros(c, dtype=torch.float64)
-        _call('first_weight', x.dtype, gz, z, k, x, *how, leak, gw, gb)
+        tasks, d, c = len(x)//how[0], *how[3:5]
+        gw, gb = torch.zeros(tasks, 9*d, c, dtype=torch.float64), torch.zeros(tasks, c, dtype=torch.float64)
+        _call('first_weight', x.dtype, tasks, gz, z, k, x, *how, leak, gw, gb)
         ctx.save_for_backward(x, z, k); ctx.how, ctx.leak = how, leak
         return gw.to(x.dtype), gb.to(x.dtype)
     @staticmethod
@@ -584,25 +595,25 @@ class _FirstWeight(torch.autograd.Function):
         _twice_only()
         x, z, k = ctx.saved_tensors
         to = torch.empty_like(z)
-        _call('first_at', x.dtype, z, k, x, *ctx.how, v.contiguous(), vb.contiguous(), ctx.leak, to)
+        _call('first_at', x.dtype, len(v), z, k, x, *ctx.how, v.contiguous(), vb.contiguous(), ctx.leak, to)
         return to, None, None, None, None, None
 
 # %% ../nbs/02a_kernels.ipynb #803814be
-def _patch_moments(x, stride):
-    "Mean (9·channels,) and covariance (9·channels, 9·channels) of all patches of images (n, channels, H, W)."
+def _patch_moments(x, stride, tasks):
+    "Mean (tasks, 1, 9·channels) and covariance (tasks, 9·channels, 9·channels) of each task's patches; images (tasks·n, channels, H, W)."
     n, d, h, w = x.shape
-    total, product = torch.zeros(9*d, dtype=torch.float64), torch.zeros(9*d, 9*d, dtype=torch.float64)
-    _call('patch_moments', x.dtype, x, n, h, w, d, stride, total, product)
-    m = n*((h - 1)//stride + 1)*((w - 1)//stride + 1)
+    total, product = torch.zeros(tasks, 1, 9*d, dtype=torch.float64), torch.zeros(tasks, 9*d, 9*d, dtype=torch.float64)
+    _call('patch_moments', x.dtype, tasks, x, n//tasks, h, w, d, stride, total, product)
+    m = n//tasks*((h - 1)//stride + 1)*((w - 1)//stride + 1)
     mean = total/m
-    return mean.to(x.dtype), (product/m - mean[:, None]*mean).to(x.dtype)
+    return mean.to(x.dtype), (product/m - mean.mT*mean).to(x.dtype)
 
 def _first_block(x, w, gamma, beta, eps, leak, stride, pool):
-    mean, cov = _patch_moments(x, stride)
-    w = w.permute(2, 3, 1, 0).flatten(0, 2)
-    mu, var = mean @ w, (w*(cov @ w)).sum(0).clamp(min=0)
+    mean, cov = _patch_moments(x, stride, len(gamma))
+    w = w.permute(0, 3, 4, 2, 1).flatten(1, 3)
+    mu, var = (mean @ w)[:, 0], (w*(cov @ w)).sum(1).clamp(min=0)
     scale = gamma*(var + eps).rsqrt()
-    return _First.apply(x, w*scale, beta - mu*scale, stride, leak, pool), (mu, var)
+    return _First.apply(x, w*scale[:, None], beta - mu*scale, stride, leak, pool), (mu, var)
 
 # %% ../nbs/02a_kernels.ipynb #83f1ade6
 def fusable(
@@ -610,35 +621,36 @@ def fusable(
     filters:int, # output channels of the block
 ) -> bool:
     "Whether `fused_block` can run a block."
-    return len(x) == 1 and x.numel() > 0 and active().kernels == 'fused' and x.device.type == 'cpu' and filters*x.element_size() % 64 == 0 and bool(library(x.dtype))
+    return x.numel() > 0 and active().kernels == 'fused' and x.device.type == 'cpu' and filters*x.element_size() % 64 == 0 and bool(library(x.dtype))
 
 def _fits(x, w, gamma, beta):
     "The C reads where it is told to: what does not fit is refused here."
     o, c = w.shape[-4], x.shape[2]
-    if w.dim() == 5 and len(w) != len(x): raise ValueError(f'weights of {len(w)} tasks for activations of {len(x)}')
+    if w.dim() == 5 and len(w) not in (1, len(x)): raise ValueError(f'weights of {len(w)} tasks for activations of {len(x)}')
     if w.shape[-3:] != (c, 3, 3): raise ValueError(f'weights of shape {tuple(w.shape[-4:])} for activations of {c} channels: expected ({o}, {c}, 3, 3)')
     for name, p in dict(weight=w, gamma=gamma, beta=beta).items():
         if p is None: continue
         if p.dtype != x.dtype or p.device != x.device: raise ValueError(f'{name} is {p.dtype} on {p.device}, the activations {x.dtype} on {x.device}: make them alike')
-        if p is not w and p.numel() != o: raise ValueError(f'{name} has {p.numel()} values for {o} filters')
+        if p is not w and p.shape not in ((o,), (1, o), (len(x), o)): raise ValueError(f'{name} has {p.shape[-1]} values for {o} filters' if p.shape[-1] != o else f'{name} of {len(p)} tasks for activations of {len(x)}')
 
 def fused_block(
-    x:Tensor,            # activations of one task, (1, n, C, H, W)
-    w:Tensor,            # weight, (O, C, 3, 3) or (1, O, C, 3, 3)
-    gamma:Tensor|None,   # scale, (O,) or (1, O); none: 1
-    beta:Tensor,         # shift, (O,) or (1, O)
+    x:Tensor,            # activations, (tasks, n, C, H, W)
+    w:Tensor,            # weight, (O, C, 3, 3) shared or (tasks, O, C, 3, 3) one a task
+    gamma:Tensor|None,   # scale, (O,) or (tasks, O); none: 1
+    beta:Tensor,         # shift, (O,) or (tasks, O)
     eps:float=1e-5,      # added to the variance
     leak:float=0.,       # slope of the activation for negative values
     stride:int=1,        # of the convolution
     pool:bool=True,      # 2×2 max pooling
-) -> tuple[Tensor,tuple[Tensor,Tensor]]: # (1, n, O, H', W'), and mean and variance that were used, (1, O)
-    "Convolution, norm by the batch's own statistics, pooling and activation. Twice differentiable."
+) -> tuple[Tensor,tuple[Tensor,Tensor]]: # (tasks, n, O, H', W'), and mean and variance that were used, (tasks, O)
+    "Convolution, norm by the batch's own statistics, pooling and activation, task by task. Twice differentiable."
     _fits(x, w, gamma, beta)
-    x, w, beta = channels_last(x.flatten(0, 1)), w.flatten(0, -4), beta.flatten()
-    gamma = x.new_ones(len(w)) if gamma is None else gamma.flatten()
+    (tasks, n), o, shared = x.shape[:2], w.shape[-4], w.dim() == 4 or len(w) == 1
+    x, beta = channels_last(x.flatten(0, 1)), beta.expand(tasks, o)
+    gamma = x.new_ones(tasks, o) if gamma is None else gamma.expand(tasks, o)
     if x.shape[1] in (1, 3) and not x.requires_grad:
-        z, stats = _first_block(x, w, gamma, beta, eps, leak, stride, pool)
+        z, stats = _first_block(x, w.expand(tasks, *w.shape[-4:]), gamma, beta, eps, leak, stride, pool)
     else:
-        z, aff = _NormPool.apply(_filters(x, w, stride), gamma, beta, eps, leak, pool)
-        stats = aff[0], aff[1]**-2 - eps
-    return z.unsqueeze(0), tuple(s[None] for s in stats)
+        z, aff = _NormPool.apply(_filters(x, w.flatten(0, -4), stride, 1 if shared else tasks, n), gamma, beta, eps, leak, pool)
+        stats = aff[:, 0], aff[:, 1]**-2 - eps
+    return z.unflatten(0, (tasks, -1)), stats

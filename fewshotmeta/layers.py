@@ -26,21 +26,24 @@ class Plan:
     name:str
     chunk:int|None=None      # tasks a call; none: all at once
     workers:int=0            # threads that take a chunk each, with one arithmetic thread
-    kernels:str='torch'      # norm, pool and activation: PyTorch's, or 'fused' in C (one task a chunk, CPU)
+    kernels:str='torch'      # norm, pool and activation: PyTorch's, or 'fused' in C (CPU)
     conv:str='grouped'       # many tasks: 'grouped', or 'im2col' and a batched matrix product; one, with kernels='fused': 'winograd'
     capture:str=''           # record the meta-iteration and replay it: 'graph' (CUDA graph), 'inductor'; '': run it
     precision:str='float32'  # of the convolutions: 'float32', 'tf32' (GPU), 'bf16'
     recompute:bool=False     # keep only the parameters of each inner step and compute it again when its gradient is due
+    pixels:int=0             # when nothing is kept for a gradient, tasks share a call while their support images have no more pixels than this
 
     def __post_init__(self):
         for k, choices in CHOICES.items():
             if getattr(self, k) not in choices: raise ValueError(f'{k}={getattr(self, k)!r}: choose one of {", ".join(map(repr, choices))}')
         if self.capture and self.kernels == 'fused': raise ValueError("kernels='fused' are C, which nothing can record: use kernels='torch' with capture")
         if self.chunk is not None and self.chunk < 1: raise ValueError(f'chunk={self.chunk}: at least one task a call, or None for all at once')
-    def chunks(self, n:int # tasks
+    def chunks(self, n:int,  # tasks
+               pixels:int=0, # of one task's support images, where nothing is kept for a gradient
               ) -> list[slice]: # consecutive slices that cover range(n)
         "The slices in which `n` tasks are run."
         size = self.chunk or max(n, 1)
+        if pixels: size = max(size, min(self.pixels//pixels, n//4))       # whatever the number of workers: the same bytes
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]
     def map(self, f, items) -> list: # `f(item)` for each item, in order
         "Run `f` over `items`, on the plan's workers if it has any."
@@ -80,12 +83,13 @@ def active() -> Plan:
 
 # %% ../nbs/02_layers.ipynb #9c228069
 PLANS = dict(
-    threads  = lambda: Plan('threads', chunk=1, workers=int(os.environ.get('FEWSHOTMETA_WORKERS', _cores())), kernels='fused', conv='winograd'),
-    loop     = lambda: Plan('loop', chunk=1, kernels='fused', conv='winograd'),
+    threads  = lambda: Plan('threads', chunk=1, pixels=2**15, workers=int(os.environ.get('FEWSHOTMETA_WORKERS', _cores())), kernels='fused', conv='winograd'),
+    loop     = lambda: Plan('loop', chunk=1, pixels=2**15, kernels='fused', conv='winograd'),
     plain    = lambda: Plan('plain', chunk=1),
     batched  = lambda: Plan('batched'),
     im2col   = lambda: Plan('im2col', conv='im2col'),
-    graph    = lambda: Plan('graph', capture='graph'))
+    graph    = lambda: Plan('graph', capture='graph'),
+    together = lambda: replace(PLANS['threads'](), name='together', chunk=4))
 
 def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
@@ -149,6 +153,14 @@ class _Direct(NamedTuple):
         return g.float() if self.low else g
     def to_input(self, gy, x, w): return self._backward(gy, x, w, 0)
     def to_weight(self, gy, x, w): return self._backward(gy, x, w, 1)
+
+class _Each(NamedTuple):
+    "The same task by task: images (tasks·n, C, H, W), weights (tasks·O, C, k, k)."
+    how:_Direct; tasks:int
+    def _each(self, part, *args): return torch.cat([getattr(self.how, part)(*a) for a in zip(*(t.chunk(self.tasks) for t in args))])
+    def forward(self, x, w): return self._each('forward', x, w)
+    def to_input(self, gy, x, w): return self._each('to_input', gy, x, w)
+    def to_weight(self, gy, x, w): return self._each('to_weight', gy, x, w)
 
 def _direct(stride, padding, groups, dtype):
     return _Direct(stride, padding, groups, torch.bfloat16 if active().precision == 'bf16' and dtype == torch.float32 else None)
@@ -217,6 +229,7 @@ def task_conv2d(
     if w.dim() == 4 or len(w) == 1:
         y = _conv(x.flatten(0, 1), w if w.dim() == 4 else w.squeeze(0), how(1)).unflatten(0, (tasks, n))
     elif active().conv == 'im2col': y = _im2col_conv(x, w, stride, padding)
+    elif active().conv == 'winograd' and x.device.type == 'cpu': y = _conv(x.flatten(0, 1), w.flatten(0, 1), _Each(how(1), tasks)).unflatten(0, (tasks, n))
     else: y = _unfold(_conv(_fold(x), w.flatten(0, 1), how(tasks)), tasks)
     return y if b is None else y + (b if b.dim() == 1 else b[:, None])[..., None, None]
 

@@ -102,7 +102,7 @@ def _ours(case, device, plan, backbone=None):
         return lambda: recorder(ep, 0., case.n_way)
     if not case.adapt: return lambda: meta_gradient(learner, ep, 0., plan)
     one = lambda s: learner.predict(learner.adapt(ep.xs[s], ep.ys[s]), ep.xq[s])
-    return lambda: plan.map(one, plan.chunks(case.tasks))
+    return lambda: plan.map(one, plan.chunks(case.tasks, case.n_way*case.k_shot*case.size**2))
 
 def _plain(case, device, chunk):
     "The plain loop: a graph a task, or one for all; when it adapts, the graph of all steps is kept, as in the authors' codes."

@@ -11,7 +11,7 @@ __all__ = ['SCHEDULES', 'OPTIMIZERS', 'CHECKPOINT', 'MetaGradient', 'meta_gradie
 import hashlib, json, math, signal, sys, threading, time, warnings
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -141,8 +141,9 @@ def accuracies(
         ep = sampler[s]
         right = lambda fast: (learner.predict(fast, ep.xq).argmax(-1) == ep.yq).float().mean(1)
         return torch.stack([right(fast) for fast in learner.trajectory(ep.xs, ep.ys, steps)], 1)
-    size = plan.chunk or 32
-    return torch.cat(plan.map(one, [slice(i, min(i + size, n)) for i in range(0, n, size)])).cpu()
+    together = getattr(getattr(learner, 'backbone', None), 'shares_calls', False)
+    pixels = sampler.n_way*sampler.k_shot*math.prod(sampler.bank.images.shape[2:]) if together else 0
+    return torch.cat(plan.map(one, replace(plan, chunk=plan.chunk or 32).chunks(n, pixels))).cpu()
 
 # %% ../nbs/20_training.ipynb #b84ea19d
 class Ensemble:

@@ -30,6 +30,25 @@ def test_block_and_two_derivatives(channels, size, stride, pool, filters, leak):
     ours = derivatives(lambda *a: fused_block(full(a)[0][None], *full(a)[1:], 1e-5, leak, stride, pool)[0][0], args)
     for a, b in zip(ours, derivatives(lambda *a: plain(*full(a), leak, stride, pool), args)): assert torch.allclose(a, b, rtol=1e-9, atol=1e-10)
 
+@pytest.mark.parametrize('own', [(True, True, True), (False, False, False), (False, True, False), (True, False, True)])
+@pytest.mark.parametrize('channels,size,stride,conv', [(1, 14, 1, 'winograd'), (3, 9, 2, 'winograd'), (16, 7, 1, 'winograd'), (16, 3, 1, 'winograd'), (16, 6, 1, 'grouped'), (2, 6, 2, 'winograd')])
+def test_many_tasks_are_one_after_another(channels, size, stride, conv, own):
+    "Several tasks a call, with weights, scales and shifts of their own or shared: each task's values and two derivatives."
+    torch.manual_seed(0)
+    r = lambda *s: torch.randn(*s, dtype=torch.float64)
+    tasks, filters, pool = 3, 8, size > 3
+    x, params = r(tasks, 2, channels, size, size) + 2, [r(*((tasks,) if o else ()), *s)/2 for o, s in zip(own, ((filters, channels, 3, 3), (filters,), (filters,)))]
+    args = [t.requires_grad_() for t in ([x] if channels > 3 else []) + params]
+    full = lambda a: a if len(a) == 4 else (x, *a)
+    together = lambda *a: plan_for('cpu', conv=conv).run(fused_block, *full(a), 1e-5, .01, stride, pool)[0]
+    def alone(*a):
+        x, *p = full(a)
+        return torch.stack([plain(x[i], *(t[i] if o else t for t, o in zip(p, own)), .01, stride, pool) for i in range(tasks)])
+    for a, b in zip(derivatives(together, args), derivatives(alone, args)): assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+    stats = fused_block(x, *params, stride=stride, pool=pool)[1]
+    for i in range(tasks):
+        for a, b in zip(stats, fused_block(x[i:i+1], *(t[i] if o else t for t, o in zip(params, own)), stride=stride, pool=pool)[1]): assert torch.allclose(a[i], b[0])
+
 def test_statistics_are_those_of_the_norm():
     torch.manual_seed(0)
     for c in (1, 16):
@@ -51,12 +70,12 @@ def test_float32_is_near_its_float64():
 
 def test_when_it_is_used():
     x = lambda *s, dtype=torch.float32: torch.rand(*s, dtype=dtype)
-    assert fusable(x(1, 2, 1, 8, 8), 16) and not fusable(x(2, 2, 1, 8, 8), 16) and not fusable(x(1, 2, 1, 8, 8), 12) and not fusable(x(1, 2, 1, 8, 8, dtype=torch.float16), 32)
+    assert fusable(x(1, 2, 1, 8, 8), 16) and fusable(x(2, 2, 1, 8, 8), 16) and not fusable(x(1, 2, 1, 8, 8), 12) and not fusable(x(1, 2, 1, 8, 8, dtype=torch.float16), 32)
     assert not plan_for('cpu', 'plain').run(fusable, x(1, 2, 1, 8, 8), 16) and plan_for('cpu').run(fusable, x(1, 2, 1, 8, 8), 16)
 
 def test_a_third_derivative_is_refused():
     y = torch.randn(2, 16, 4, 4, requires_grad=True)
-    z = _NormPool.apply(channels_last(y), torch.ones(16), torch.zeros(16), 1e-5, 0., True)[0]
+    z = _NormPool.apply(channels_last(y), torch.ones(1, 16), torch.zeros(1, 16), 1e-5, 0., True)[0]
     g, = torch.autograd.grad(z.pow(2).sum(), y, create_graph=True)
     torch.autograd.grad(g.pow(2).sum(), y, retain_graph=True)
     with pytest.raises(RuntimeError, match='two derivatives'): torch.autograd.grad(g.pow(2).sum(), y, create_graph=True)
@@ -124,7 +143,7 @@ def test_smooth_images_and_filters_that_sum_to_zero():
 
 @pytest.mark.parametrize('change,message', [(dict(w=torch.rand(4, 16, 1, 3, 3)), 'weights of 4 tasks for activations of 1'), (dict(w=torch.rand(16, 2, 3, 3)), r'expected \(16, 1, 3, 3\)'),
                                             (dict(w=torch.rand(16, 1, 5, 5)), r'expected \(16, 1, 3, 3\)'), (dict(beta=torch.zeros(16).double()), 'beta is torch.float64'), (dict(beta=torch.zeros(5)), 'beta has 5 values for 16'),
-                                            (dict(gamma=torch.zeros(17)), 'gamma has 17 values')])
+                                            (dict(gamma=torch.zeros(17)), 'gamma has 17 values'), (dict(x=torch.rand(3, 2, 1, 8, 8), gamma=torch.zeros(2, 16)), 'gamma of 2 tasks for activations of 3')])
 def test_what_does_not_fit_never_reaches_c(change, message):
     given = dict(x=torch.rand(1, 2, 1, 8, 8), w=torch.rand(16, 1, 3, 3), gamma=None, beta=torch.zeros(16)) | change
     with pytest.raises(ValueError, match=message): fused_block(**given)

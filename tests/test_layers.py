@@ -1,5 +1,6 @@
 """Task-batched layers against PyTorch's own, one task at a time; and plans."""
 import threading
+from dataclasses import replace
 import pytest, torch, torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, vmap
@@ -90,6 +91,24 @@ def test_wrong_number_of_tasks():
 @pytest.mark.parametrize('chunk,n', [(None, 7), (1, 3), (3, 7), (10, 7)])
 def test_chunks_cover_everything_once(chunk, n):
     assert [i for s in Plan('p', chunk).chunks(n) for i in range(n)[s]] == list(range(n))
+
+@pytest.mark.parametrize('n', [1, 3, 4, 7, 33])
+def test_small_tasks_share_a_call_whatever_the_workers(n):
+    slices = {tuple((s.start, s.stop) for s in replace(plan_for('cpu'), workers=w).chunks(n, 28*28)) for w in (0, 1, 2, 16)}
+    assert len(slices) == 1 and [i for a, b in slices.pop() for i in range(a, b)] == list(range(n))
+    sizes = lambda **kw: {s.stop - s.start for s in plan_for('cpu', **kw).chunks(800, 5*28*28)}
+    assert sizes() == {8} and sizes(pixels=0) == {1} and sizes(name='plain') == {1} and {s.stop - s.start for s in plan_for('cpu').chunks(800, 5*84*84)} == {1}
+
+@pytest.mark.parametrize('stride', [1, 2])
+def test_a_convolution_task_by_task(stride):
+    "As the CPU's plans do it, against all tasks in one grouped convolution, with two derivatives."
+    torch.manual_seed(0)
+    x, w = (t.requires_grad_() for t in (torch.randn(3, 2, 4, 6, 6).double(), torch.randn(3, 5, 4, 3, 3).double()))
+    def derivatives(plan):
+        y = plan_for('cpu', plan).run(task_conv2d, x, w, None, stride)
+        first = torch.autograd.grad(y.sin().sum(), (x, w), create_graph=True)
+        return y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), (x, w))
+    for a, b in zip(derivatives('threads'), derivatives('batched')): assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
 
 def test_map_keeps_order_and_threads():
     before = torch.get_num_threads()
