@@ -86,7 +86,7 @@ CASES = [
     Case('16 tasks, 1 step'), Case('16 tasks, 5 steps', steps=5), Case('first order, 5 steps', 'first_order', steps=5),
     Case('MAML++, 8 tasks, 5 steps', 'mamlpp', 8, 5), Case('84×84, 2 tasks, 5 steps', tasks=2, steps=5, channels=3, size=84, filters=48), Case('HyperMAML, 16 tasks', 'hypermaml')]
 LONG = [Case('84×84, 1 task, 100 steps', tasks=1, steps=100, channels=3, size=84, filters=48)]      # once, for its memory
-ADAPTATION = [Case(f'adaptation, {t} step{"s" if t > 1 else ""}', tasks=8 if t < 100 else 2, steps=t, adapt=True) for t in (1, 5, 10, 100)] + [Case('adaptation, HyperMAML', 'hypermaml', 8, adapt=True)]
+ADAPTATION = [Case(f'adaptation, {t} step{"s" if t > 1 else ""}', tasks=16, steps=t, adapt=True) for t in (1, 5, 10, 100)] + [Case('adaptation, HyperMAML', 'hypermaml', 16, adapt=True)]
 
 # %% ../nbs/22_timing.ipynb #485ff2a6
 def plain_net(case:Case) -> nn.Sequential:
@@ -141,6 +141,7 @@ def _higher(case, device):
 # %% ../nbs/22_timing.ipynb #69be48f0
 CANDIDATES = {
     'ours': lambda case, device: _ours(case, device, {}),                               # the plan that `plan_for` chooses
+    'ours, together': lambda case, device: _ours(case, device, dict(name='together')),  # four tasks a call
     'ours, bf16': lambda case, device: _ours(case, device, dict(precision='bf16')),     # convolutions in bf16
     'ours, loop': lambda case, device: _ours(case, device, dict(name='loop')),          # no worker threads
     'ours, plain': lambda case, device: _ours(case, device, dict(name='plain')),        # no C
@@ -158,7 +159,7 @@ def can_run(
 ) -> bool:
     "Whether a candidate is installed and knows a case."
     if name in ('learn2learn', 'higher'): return importlib.util.find_spec(name) is not None and case.method in ('maml', 'first_order') and not case.adapt
-    return not case.adapt or name not in ('ours, recomputed', 'plain loop, one graph')
+    return not case.adapt or name not in ('ours, together', 'ours, recomputed', 'plain loop, one graph')
 
 # %% ../nbs/22_timing.ipynb #56bdca5f
 @lru_cache(64)
@@ -241,14 +242,14 @@ def conv_ceiling(
         return max(sum(pool.map(lambda _: once(*job), range(n))) for job in jobs)
 
 # %% ../nbs/22_timing.ipynb #61389a35
-PAIRS = [('ours', True), ('ours', False), ('ours, bf16', True), ('ours, recomputed', True), ('ours, loop', True), ('ours, plain', True), ('ours, batched', True),
+PAIRS = [('ours', True), ('ours', False), ('ours, together', True), ('ours, together', False), ('ours, bf16', True), ('ours, recomputed', True), ('ours, loop', True), ('ours, plain', True), ('ours, batched', True),
          ('plain loop', False), ('plain loop', True), ('plain loop, one graph', False), ('learn2learn', False), ('learn2learn', True), ('higher', False)]
 
 def _spread(seconds):
     quarter = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]]*3
     return dict(ms=1e3*statistics.median(seconds), q1=1e3*quarter[0], q3=1e3*quarter[2], n=len(seconds))
 
-WEIGHED = [('ours', True), ('ours', False), ('ours, recomputed', True), *((p, False) for p in PEERS)]      # whose memory is measured
+WEIGHED = [('ours', True), ('ours', False), ('ours, together', False), ('ours, recomputed', True), *((p, False) for p in PEERS)]      # whose memory is measured
 
 def _measure(case, pairs, rounds, memory, device, ceiling, say):
     runs, rows = [(n, k) for n, k in pairs if can_run(n, case)], []
