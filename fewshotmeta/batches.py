@@ -16,7 +16,7 @@ import yaml
 
 from .files import *
 from .runs import *
-from .runs import digests, merge_parameters, parse_value, _split_name, _nearest, _shown, _now
+from .runs import digests, merge_parameters, parse_value, _split_name, _nearest, _shown, _now, _failure
 
 # %% ../nbs/32_batches.ipynb #f24ee4ec
 SCALES = ('smoke', 'short', 'paper')
@@ -158,7 +158,7 @@ def state_of(
 ) -> State:
     "How a run stands, from what lies in the folder of runs."
     who, job = read_marker(p.runs, p.experiment, p.slug), _read(marker(p.runs, p.experiment, p.slug, 'job.json')).get('job')
-    progress, failed = _read(p.folder/'.progress.json'), _read(p.folder/'failed.json') or _read(marker(p.runs, p.experiment, p.slug, 'failed.json'))
+    progress, failed = _read(p.folder/'.progress.json'), _failure(p.runs, p.experiment, p.slug)
     try:
         result = read_json(p.folder/'result.json')
         if not failed or failed['when'] <= result['finished']: return _judged(p, result)

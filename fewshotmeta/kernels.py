@@ -631,7 +631,7 @@ def _fits(x, w, gamma, beta):
     for name, p in dict(weight=w, gamma=gamma, beta=beta).items():
         if p is None: continue
         if p.dtype != x.dtype or p.device != x.device: raise ValueError(f'{name} is {p.dtype} on {p.device}, the activations {x.dtype} on {x.device}: make them alike')
-        if p is not w and p.shape not in ((o,), (1, o), (len(x), o)): raise ValueError(f'{name} has {p.shape[-1]} values for {o} filters' if p.shape[-1] != o else f'{name} of {len(p)} tasks for activations of {len(x)}')
+        if p is not w and p.shape not in ((o,), (1, o), (len(x), o)): raise ValueError(f'{name} of shape {tuple(p.shape)}: expected ({o},), or ({len(x)}, {o}) for one a task')
 
 def fused_block(
     x:Tensor,            # activations, (tasks, n, C, H, W)

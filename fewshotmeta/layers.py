@@ -27,7 +27,7 @@ class Plan:
     chunk:int|None=None      # tasks a call; none: all at once
     workers:int=0            # threads that take a chunk each, with one arithmetic thread
     kernels:str='torch'      # norm, pool and activation: PyTorch's, or 'fused' in C (CPU)
-    conv:str='grouped'       # many tasks: 'grouped', or 'im2col' and a batched matrix product; one, with kernels='fused': 'winograd'
+    conv:str='grouped'       # of many tasks: 'grouped', 'im2col' and a batched matrix product, or 'winograd', task by task, in C with kernels='fused'
     capture:str=''           # record the meta-iteration and replay it: 'graph' (CUDA graph), 'inductor'; '': run it
     precision:str='float32'  # of the convolutions: 'float32', 'tf32' (GPU), 'bf16'
     recompute:bool=False     # keep only the parameters of each inner step and compute it again when its gradient is due
@@ -43,7 +43,7 @@ class Plan:
               ) -> list[slice]: # consecutive slices that cover range(n)
         "The slices in which `n` tasks are run."
         size = self.chunk or max(n, 1)
-        if pixels: size = max(size, min(self.pixels//pixels, n//4))       # whatever the number of workers: the same bytes
+        if pixels: size = max(size, min(self.pixels//pixels, n//4))       # at least four calls, for as many workers to be busy
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]
     def map(self, f, items) -> list: # `f(item)` for each item, in order
         "Run `f` over `items`, on the plan's workers if it has any."

@@ -14,7 +14,7 @@ from importlib import resources
 from .runs import _nearest
 
 # %% ../nbs/31_published.ipynb #8e553142
-MISSING = 'not in the text at hand'
+MISSING = 'not in our copy'
 
 @dataclass(frozen=True)
 class Published:
@@ -24,7 +24,7 @@ class Published:
     table:str             # what the paper calls the table; "text": it stands in the running text
     row:str               # the row's name
     column:str            # the column's name; for HIDRA's tables the number of ways
-    value:float|None      # accuracies in %; none: an empty cell, or not in the text at hand (`note`)
+    value:float|None      # accuracies in %; none: an empty cell, or not in our copy (`note`)
     interval:float|None   # what stands behind ±
     printed:str           # both as printed
     unit:str              # %, s, …

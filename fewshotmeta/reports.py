@@ -208,18 +208,17 @@ def orders_table(
     counts = ', '.join(f'{n} {v}' for v in (AGREES, TOGETHER, OPPOSITE, UNEQUAL) if (n := sum(r['verdict'] == v for r in rows)) or v != UNEQUAL)
     lines = [[str(v) for v in r.values()] for r in rows if r['verdict'] in shown]
     table = [['column', 'higher in the paper', 'lower', 'published difference', 'ours', 'seeds', 'verdict'], ['---']*7] + lines if lines else []
-    return '\n'.join([f'{len(rows)} pair{"s"*(len(rows) > 1)} apart in the paper: {counts}.', ''] + ['| ' + ' | '.join(line) + ' |' for line in table])
+    return '\n'.join([f'{len(rows)} pair{"s"*(len(rows) > 1)} apart in the paper (by more than the root of the sum of their squared ±): {counts}. With one seed *other order* is a question, not an answer.', ''] + ['| ' + ' | '.join(line) + ' |' for line in table])
 
 # %% ../nbs/33_reports.ipynb #eb47f0e9
 def coverage(
     files,            # batch files
     runs,             # the folder of all runs
-    scale:str='short',# the scale of the runs that count
 ) -> str:             # a Markdown table
-    "How many runs of each batch file there are at a scale, which are not there yet, and how many more the scale `paper` has."
+    "How many runs of each batch file there are at the scale `short`, which are not there yet, and how many more the scale `paper` has."
     lines = ['| batch file | run | not yet | at `paper` only |', '|---|---|---|---|']
     for f in sorted(map(Path, files)):
-        plan, whole = (read_batch(f, s, runs=runs) for s in (scale, 'paper'))
+        plan, whole = (read_batch(f, s, runs=runs) for s in ('short', 'paper'))
         name = lambda p: re.sub(r'_(short|paper)(_seed\d+)?$', '', p.slug)
         wanting = dict.fromkeys(name(p) for p in plan if not (p.folder/'result.json').is_file())
         lines.append(f'| {f.name} | {sum((p.folder/"result.json").is_file() for p in plan)} of {len(plan)} | {", ".join(wanting) or "–"} | {len({*map(name, whole)} - {*map(name, plan)}) or "–"} |')

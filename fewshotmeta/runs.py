@@ -154,7 +154,7 @@ class RunFailed(RuntimeError):
     def __init__(self, message, kind='raised', trace=''): super().__init__(message); self.kind, self.trace = kind, trace
 
 class RunBusy(RuntimeError):
-    "Another process is executing the run."
+    "Another process is executing the run, or has just tried to."
 
 def project_folder(notebook) -> Path:
     "The project that a notebook belongs to: the nearest folder above with a settings.ini, or the current one."
@@ -225,7 +225,7 @@ def _mine(runs, experiment, slug, more, since=''):
     try: lock = contextlib.ExitStack(); lock.enter_context(locked(marker(runs, experiment, slug, 'lock'), wait=.3))
     except TimeoutError: raise RunBusy(f'{experiment}/{slug} is being executed by another process{_who(note)}') from None
     with lock:
-        if since and _failed_at(runs, experiment, slug) >= since: raise RunBusy(f'{experiment}/{slug} has failed in another process just now')
+        if since and (when := _failure(runs, experiment, slug).get('when', '')) >= since: raise RunBusy(f'{experiment}/{slug} failed at {when}, after since={since}: leave `since` out to try again')
         _forget_failure(runs, experiment, slug)
         write_json(note, more | dict(pid=os.getpid(), host=socket.gethostname(), since=time.time()))
         try: yield Path(runs)/experiment/slug
@@ -233,11 +233,12 @@ def _mine(runs, experiment, slug, more, since=''):
 
 def _failures(runs, experiment, slug): return Path(runs)/experiment/slug/'failed.json', marker(runs, experiment, slug, 'failed.json')
 
-def _failed_at(runs, experiment, slug):
-    "When a run failed; empty if it did not."
+def _failure(runs, experiment, slug):
+    "The newest record of a run that failed; empty if it did not."
+    found = []
     for f in _failures(runs, experiment, slug):
-        with contextlib.suppress(BadFile, OSError): return read_json(f)['when']
-    return ''
+        with contextlib.suppress(BadFile, OSError): found.append(read_json(f))
+    return max(found, key=lambda r: r['when'], default={})
 
 def _forget_failure(runs, experiment, slug):
     for f in _failures(runs, experiment, slug):

@@ -31,6 +31,7 @@ from .mamlpp import *
 from .hypermaml import *
 from .capture import *
 from .training import *
+from .training import _pixels
 
 # %% ../nbs/22_timing.ipynb #7a1adb5e
 METHODS = ('maml', 'first_order', 'mamlpp', 'hypermaml')
@@ -102,14 +103,14 @@ def _ours(case, device, plan, backbone=None):
         return lambda: recorder(ep, 0., case.n_way)
     if not case.adapt: return lambda: meta_gradient(learner, ep, 0., plan)
     one = lambda s: learner.predict(learner.adapt(ep.xs[s], ep.ys[s]), ep.xq[s])
-    return lambda: plan.map(one, plan.chunks(case.tasks, case.n_way*case.k_shot*case.size**2))
+    return lambda: plan.map(one, plan.chunks(case.tasks, _pixels(learner, plan, ep.xs)))
 
 def _plain(case, device, chunk):
-    "The plain loop: a graph a task, or one for all; when it adapts, the graph of all steps is kept, as in the authors' codes."
+    "The plain loop: a graph a task, or one for all; when it adapts, the graph of a task's steps is kept until the task is done, as in the authors' codes."
     plan, net = Plan('plain loop', chunk), from_module(plain_net(case), case.channels, case.size)
     if not case.adapt: return _ours(case, device, plan, net)
     learner, ep = to_dtype(case.learner(net), torch.float32, device), case.episodes(device)
-    return lambda: plan.map(lambda s: learner.meta_loss(ep[s]), plan.chunks(case.tasks))
+    return lambda: plan.map(lambda s: learner.meta_loss(ep[s]).accuracy, plan.chunks(case.tasks))
 
 def _model(case, device): return nn.Sequential(plain_net(case), nn.Linear(case.filters*(case.size//16)**2, case.n_way)).to(device)
 

@@ -125,6 +125,10 @@ def _one_number(sampler):
     low, high = sampler.way_range
     if low != high: raise ValueError(f'{low} to {high} ways: accuracy is of one number of ways at a time, sampler(n_way=…); evaluate_ways takes many')
 
+def _pixels(learner, plan, xs):
+    "Pixels of one task's support images, if small tasks shall share their calls; else 0."
+    return xs[0, :, 0].numel() if plan.pixels and getattr(getattr(learner, 'backbone', None), 'shares_calls', False) else 0
+
 @torch.no_grad()
 def accuracies(
     learner,             # anything with `trajectory`, `predict`
@@ -141,9 +145,7 @@ def accuracies(
         ep = sampler[s]
         right = lambda fast: (learner.predict(fast, ep.xq).argmax(-1) == ep.yq).float().mean(1)
         return torch.stack([right(fast) for fast in learner.trajectory(ep.xs, ep.ys, steps)], 1)
-    together = getattr(getattr(learner, 'backbone', None), 'shares_calls', False)
-    pixels = sampler.n_way*sampler.k_shot*math.prod(sampler.bank.images.shape[2:]) if together else 0
-    return torch.cat(plan.map(one, replace(plan, chunk=plan.chunk or 32).chunks(n, pixels))).cpu()
+    return torch.cat(plan.map(one, replace(plan, chunk=plan.chunk or 32).chunks(n, _pixels(learner, plan, sampler[:1].xs)))).cpu()
 
 # %% ../nbs/20_training.ipynb #b84ea19d
 class Ensemble:

@@ -196,7 +196,7 @@ def test_looks(noise_bank):
     a = b(augment=CloserLook())
     assert torch.equal(a[0:4].xq[2], a[2].xq) and not torch.equal(a[2].xq, b[2].xq) and torch.equal(a[2].yq, b[2].yq) and 'CloserLook' in a.describe(2)
 
-BODY = conv4(size=16, filters=8)
+BODY = conv4(size=16, filters=16)
 @pytest.mark.parametrize('call,words', [
     (lambda b, s: fit(FeatureTransfer(BODY, 40), s, 2, progress=False), '5 support images: FeatureTransfer is trained on mini-batches'), (lambda b, s: fit(MAML(BODY, 5), b, 2), 'n_way=40 for a learner of n_way=5'),
     (lambda b, s: fit(SimpleShot(BODY, 39), b, 2), 'n_max=39'), (lambda b, s: evaluate(SimpleShot(BODY, 40), b, 2), 'no support images'), (lambda b, s: evaluate(BaselinePP(BODY, 40), s, 2, steps=2), 'steps=2, but BaselinePP adapts in 1 step: '),

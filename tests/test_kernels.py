@@ -142,8 +142,8 @@ def test_smooth_images_and_filters_that_sum_to_zero():
     assert (a - e).norm() < 5e-3*e.norm()
 
 @pytest.mark.parametrize('change,message', [(dict(w=torch.rand(4, 16, 1, 3, 3)), 'weights of 4 tasks for activations of 1'), (dict(w=torch.rand(16, 2, 3, 3)), r'expected \(16, 1, 3, 3\)'),
-                                            (dict(w=torch.rand(16, 1, 5, 5)), r'expected \(16, 1, 3, 3\)'), (dict(beta=torch.zeros(16).double()), 'beta is torch.float64'), (dict(beta=torch.zeros(5)), 'beta has 5 values for 16'),
-                                            (dict(gamma=torch.zeros(17)), 'gamma has 17 values'), (dict(x=torch.rand(3, 2, 1, 8, 8), gamma=torch.zeros(2, 16)), 'gamma of 2 tasks for activations of 3')])
+                                            (dict(w=torch.rand(16, 1, 5, 5)), r'expected \(16, 1, 3, 3\)'), (dict(beta=torch.zeros(16).double()), 'beta is torch.float64'), (dict(beta=torch.zeros(5)), r'beta of shape \(5,\): expected \(16,\)'),
+                                            (dict(gamma=torch.zeros(17)), r'gamma of shape \(17,\): expected \(16,\)'), (dict(x=torch.rand(3, 2, 1, 8, 8), gamma=torch.zeros(2, 16)), r'gamma of shape \(2, 16\): expected \(16,\), or \(3, 16\) for one a task')])
 def test_what_does_not_fit_never_reaches_c(change, message):
     given = dict(x=torch.rand(1, 2, 1, 8, 8), w=torch.rand(16, 1, 3, 3), gamma=None, beta=torch.zeros(16)) | change
     with pytest.raises(ValueError, match=message): fused_block(**given)

@@ -7,7 +7,8 @@ from fewshotmeta.files import read_json
 from fewshotmeta.published import published
 from fewshotmeta.reports import NO_DATA, NO_RUN, NOT_BUILT
 
-RESULTS = sorted(f for f in (ROOT/'runs').glob('*/*/result.json') if '_smoke' not in f.parent.name)
+TRACKED = [ROOT/p for p in subprocess.run(['git', 'ls-files', 'runs'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()]
+RESULTS = [f for f in TRACKED if re.fullmatch(r'runs/[^/]+/[^/]+/result\.json', f.relative_to(ROOT).as_posix())]
 REPORTS = sorted((ROOT/'nbs'/'reports').glob('*.ipynb'))
 BATCHES = {p.stem: p for p in (ROOT/'nbs'/'experiments').glob('*.yaml')}
 
@@ -58,7 +59,7 @@ def test_numbers_of_a_report(path):
             runs = linked(text)
             for n in runs: assert n.is_file() and n.with_name('result.json').is_file(), n
             if {'row', 'column', 'published', 'ours'} <= set(cells):                      # a table of `beside`
-                here = {str(p) for p in published(row=cells['row'], column=cells['column'])} if (cells['row'], cells['column']) in {(p.row, p.column) for p in published()} else {'not in the text at hand'}
+                here = {str(p) for p in published(row=cells['row'], column=cells['column'])} if (cells['row'], cells['column']) in {(p.row, p.column) for p in published()} else {'not in our copy'}
                 assert cells['published'].split(' (')[0] in here, (path, row)
                 if not runs: assert cells['ours'] in (NO_RUN, NO_DATA, NOT_BUILT), row
                 else: assert cells['ours'] in measured(runs, 100) | measured(runs, 1) and cells['scale'] in SCALES[1:] and int(cells['seeds']) == len(runs), (path, row); seen += 1
@@ -143,9 +144,10 @@ def test_every_committed_run_of_a_table_stands_in_a_report():
     text, scales = ''.join(p.read_text() for p in REPORTS), {}
     named = re.compile(r'(.+)_(short|paper)(_seed\d+)?')
     ours = [f.parent for f in RESULTS if f.parent.parent.name.startswith(('mamlpp_', 'hidra_', 'hypermaml_'))]
+    assert [d.name for d in ours if not named.fullmatch(d.name)] == []
     for d in ours: scales.setdefault((d.parent, named.fullmatch(d.name)[1]), set()).add(named.fullmatch(d.name)[2])
-    newest = [d for d in ours if named.fullmatch(d.name)[2] == min(scales[d.parent, named.fullmatch(d.name)[1]])]       # paper before short
-    missing = [f'{d.parent.name}/{d.name}' for d in newest if f'runs/{d.parent.name}/{d.name}/notebook.ipynb' not in text]
+    largest = [d for d in ours if named.fullmatch(d.name)[2] == min(scales[d.parent, named.fullmatch(d.name)[1]])]       # paper before short
+    missing = [f'{d.parent.name}/{d.name}' for d in largest if f'runs/{d.parent.name}/{d.name}/notebook.ipynb' not in text]
     assert not missing, f'execute nbs/reports again, or give these a place: {missing}'
 
 # every table and figure of the papers, by the report and the word that its section's heading has
@@ -165,5 +167,4 @@ def test_every_table_and_figure_has_a_section_with_its_command_and_something_to_
         for command in re.findall(r'nbs/experiments/(\w+)\.yaml', ''.join(''.join(c['source']) for c in cells)): assert command in BATCHES
 
 def test_runs_stay_small():
-    tracked = [ROOT/p for p in subprocess.run(['git', 'ls-files', 'runs'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()]
-    assert tracked and not [p for p in tracked if p.suffix == '.safetensors' or p.stat().st_size > 1_000_000]
+    assert TRACKED and not [p for p in TRACKED if p.suffix == '.safetensors' or p.stat().st_size > 1_000_000]

@@ -76,7 +76,7 @@ def test_units_and_other_metrics(runs):
 def test_a_missing_table_takes_any_row_and_others_do_not(runs):
     found = find_runs(runs(result('maml_short_seed0')), 'table')['maml']
     (row,) = beside('MPP-T2', {('MAML, 3 steps', 'mini-ImageNet 5-way 1-shot'): found})
-    assert (row['published'], row['ours'], row['published ±']) == ('not in the text at hand', '90.00 ± 1.00', '')
+    assert (row['published'], row['ours'], row['published ±']) == ('not in our copy', '90.00 ± 1.00', '')
     for cell, says in ((('MAML+', '20-way 1-shot'), "did you mean 'MAML"), (('MAML++', '20-way'), "column='20-way'")):
         with pytest.raises(ValueError, match=says): beside('MPP-T1', {cell: found})
 

@@ -5,7 +5,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))                            # for the processes that nbdev starts, too
 from convert import cells, lead_of, notebook, read, text_cell, titled, with_outputs_of
 from pages import ROOT, SECTIONS, Links, Page
-from runs import LIST, parameters, run_list, run_page
+from runs import LIST, parameters, result_of, run_list, run_page
 
 PROC, DOCS = ROOT/'_proc', ROOT/'_docs'
 SOURCE = PROC/'_sphinx'                                  # what Sphinx reads
@@ -37,8 +37,6 @@ def processed(n_workers:int):
     for source in changed: source.unlink()       # nbdev compares times with its folder's, too, and would miss what was saved meanwhile
     nbdev.serve.proc_nbs(n_workers=n_workers if not sources or len(changed) > 3 else 0)     # a worker imports torch anew, which takes longer than a notebook
 
-def result_of(page:Page): return read(ROOT/page.source.replace('notebook.ipynb', 'result.json'))
-
 def nearest_run(page:Page, nb, links) -> Page|None:
     "The run that an experiment's page shows: its code is nearest to today's; of those one of the notebook's own method, and the newest."
     method = parameters(nb).get('method')
@@ -64,7 +62,7 @@ def nbs_page(page:Page, links):
     if page.is_experiment: nb, note = experiment(page, nb, links)
     made = [titled(title, lead), *([text_cell(f':::{{admonition}} Where the outputs come from\n:class: note\n{note}\n:::')] if note else []), *cells(nb, page, links)]
     if page.name == 'index': made += [text_cell(toctrees(links))]
-    return notebook(made), dict(title=title, description=words, files={})
+    return notebook(made), dict(description=words, files={})
 
 def toctrees(links) -> str:
     "The sidebar."
@@ -82,7 +80,7 @@ def made_from(page:Page, links) -> list[Path]:
 
 def converted(links):
     "Our step: each notebook that nbdev processed, and each run, as a page for Sphinx; only what changed, while the pages are the same."
-    known = {LIST: dict(title='Executed runs', description='Every run behind a number of this site.', files={}, edit='', notebook='', colab='', view='')}
+    known = {LIST: dict(description='Every run behind a number of this site.', files={}, edit='', notebook='', colab='')}
     before = json.loads(STATE.read_text(encoding='utf-8')) if STATE.exists() else {}
     same = set(before) == {LIST, *(p.name for p in links.pages.values())}
     for page in links.pages.values():
@@ -90,9 +88,10 @@ def converted(links):
         if same and there.exists() and there.stat().st_mtime > max(p.stat().st_mtime for p in made_from(page, links)): known[page.name] = before[page.name]; continue
         nb, about = run_page(page, links) if page.is_run else nbs_page(page, links)
         written(there, json.dumps(nb, ensure_ascii=False, indent=1))
-        known[page.name] = about | dict(notebook=page.source, run=page.is_run, colab=links.colab(page.source), view=links.at_home(page.source), edit='' if page.is_run else links.at_home(page.source, 'edit'))
+        known[page.name] = about | dict(notebook=page.source, run=page.is_run, colab=links.colab(page.source), edit='' if page.is_run else links.at_home(page.source, 'edit'))
     written(SOURCE/f'{LIST}.md', run_list(links))
-    for old in [p for p in SOURCE.rglob('*.ipynb') if p.relative_to(SOURCE).with_suffix('').as_posix() not in known]: old.unlink()
+    for old in [p for p in SOURCE.rglob('*.ipynb') if p.relative_to(SOURCE).with_suffix('').as_posix() not in known]:
+        old.unlink(); (DOCS/old.relative_to(SOURCE)).with_suffix('.html').unlink(missing_ok=True)
     written(STATE, json.dumps(known, ensure_ascii=False, indent=1))
 
 def drawn():
@@ -105,7 +104,8 @@ def drawn():
         return app.statuscode
 
 def carried(links):
-    "The files that the site carries."
+    "The files that the site carries, and no others of their folders."
+    for old in [p for folder in ('nbs', 'runs') for p in (DOCS/folder).rglob('*') if p.is_file() and p.suffix != '.html' and p.relative_to(DOCS).as_posix() not in links.files]: old.unlink()
     for name in links.files:
         there = DOCS/name
         if there.exists() and there.stat().st_mtime >= (ROOT/name).stat().st_mtime: continue
@@ -121,6 +121,7 @@ def build(n_workers=os.cpu_count() or 1) -> int:
     converted(links); t2 = time.time()
     status = drawn(); t3 = time.time()
     STATE.touch()
+    if status: shutil.rmtree(PROC/'_doctrees', ignore_errors=True)          # Sphinx warns of a page when it reads it: it shall do so again
     carried(links)
     print(f'_docs: {len(links.pages)} pages in {time.time() - start:.1f} s (notebooks {t1 - start:.1f}, conversion {t2 - t1:.1f}, Sphinx {t3 - t2:.1f})')
     return status

@@ -48,9 +48,9 @@ def page_name(path:str) -> str:
     folder, _, name = path.removesuffix('.ipynb').lower().rpartition('/')
     return f'{folder}/'.lstrip('/') + re.sub(r'^\d+[a-z0-9]*_', '', name)
 
-def notebooks(root=ROOT) -> list[str]:
+def notebooks() -> list[str]:
     "The notebooks of nbs/, without suffix."
-    found = (p.relative_to(root/'nbs') for p in (root/'nbs').rglob('*.ipynb'))
+    found = (p.relative_to(ROOT/'nbs') for p in (ROOT/'nbs').rglob('*.ipynb'))
     return sorted(p.with_suffix('').as_posix() for p in found if not any(part[0] in '._' for part in p.parts) and p.stem not in NO_PAGE)
 
 def in_order(names) -> dict[str, list[str]]:
@@ -62,28 +62,28 @@ def in_order(names) -> dict[str, list[str]]:
         out[section] = list(dict.fromkeys(found)); left -= set(found)
     return {k: v for k, v in out.items() if v}
 
-def run_folders(root=ROOT) -> list[Path]:
+def run_folders() -> list[Path]:
     "Folders of executed runs; smoke runs are no results."
-    return sorted(p.parent for p in (root/'runs').glob('*/*/notebook.ipynb') if '_smoke' not in p.parent.name and (p.parent/'result.json').exists())
+    return sorted(p.parent for p in (ROOT/'runs').glob('*/*/notebook.ipynb') if '_smoke' not in p.parent.name and (p.parent/'result.json').exists())
 
-def pages(root=ROOT) -> dict[str, Page]:
+def pages() -> dict[str, Page]:
     "Source → page, in reading order; the runs at the end."
-    out = [Page(f'nbs/{n}.ipynb', page_name(n), section) for section, names in in_order(notebooks(root)).items() for n in names]
-    out += [Page((f/'notebook.ipynb').relative_to(root).as_posix(), f.relative_to(root).as_posix(), '') for f in run_folders(root)]
+    out = [Page(f'nbs/{n}.ipynb', page_name(n), section) for section, names in in_order(notebooks()).items() for n in names]
+    out += [Page((f/'notebook.ipynb').relative_to(ROOT).as_posix(), f.relative_to(ROOT).as_posix(), '') for f in run_folders()]
     return {p.source: p for p in out}
 
-def shipped(root=ROOT) -> list[str]:
+def shipped() -> list[str]:
     "Files that the site carries as they are: the notebooks, the experiments' lists of runs, and what runs left."
-    folders = [f.relative_to(root) for f in run_folders(root)]
-    runs = [f/p.name for f in folders for p in (root/f).iterdir() if p.suffix in ('.json', '.csv', '.ipynb', '.png') and not p.name.startswith('.')]
-    other = [p.relative_to(root) for pattern in ('nbs/experiments/*.yaml', 'runs/speed/*/*.json', 'runs/speed/*/*.png', 'runs/*/*.json') for p in root.glob(pattern)]
-    return sorted({p.as_posix() for p in runs + other} | {f'nbs/{n}.ipynb' for n in notebooks(root)})
+    folders = [f.relative_to(ROOT) for f in run_folders()]
+    runs = [f/p.name for f in folders for p in (ROOT/f).iterdir() if p.suffix in ('.json', '.csv', '.ipynb', '.png') and not p.name.startswith('.')]
+    other = [p.relative_to(ROOT) for pattern in ('nbs/experiments/*.yaml', 'runs/speed/*/*.json', 'runs/speed/*/*.png', 'runs/*/*.json') for p in ROOT.glob(pattern)]
+    return sorted({p.as_posix() for p in runs + other} | {f'nbs/{n}.ipynb' for n in notebooks()})
 
 class Links:
     "Where links lead: from a notebook's point of view to the site's."
-    def __init__(self, root=ROOT):
+    def __init__(self):
         s = settings()
-        self.root, self.pages, self.files = root, pages(root), set(shipped(root))
+        self.pages, self.files = pages(), set(shipped())
         self.site = f'{s["doc_host"]}{s["doc_baseurl"]}/'
         self.git, self.branch = s['git_url'], s['branch']
     def __call__(self, link:str, page:Page) -> str:
@@ -94,7 +94,7 @@ class Links:
         path = os.path.normpath(f'{page.folder}/{url}').replace(os.sep, '/')
         if path in self.pages: return f'{page.up}{self.pages[path].name}.html{mark}{fragment}'
         if path in self.files: return page.up + path
-        if not (self.root/path).exists() or path.startswith('..'): raise ValueError(f'{page.source}: a link to {link}, but there is no {path} in the repository')
+        if not (ROOT/path).exists() or path.startswith('..'): raise ValueError(f'{page.source}: a link to {link}, but there is no {path} in the repository')
         return self.at_home(path)
     def at_home(self, path:str, verb='blob'):
         "A file's address at the repository's home."

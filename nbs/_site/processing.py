@@ -2,7 +2,7 @@
 import ast, importlib, inspect, re
 import nbdev.showdoc
 from fastcore.docments import docments
-from nbdev.processors import FilterDefaults, add_show_docs, insert_warning, add_fold, mv_exports
+from nbdev.processors import FilterDefaults, add_show_docs, insert_warning, mv_exports
 from nbdev.showdoc import BasicMarkdownRenderer
 
 def plain(text:str) -> str:

@@ -11,7 +11,9 @@ def parameters(nb, tag='parameters') -> dict:
     lines = ast.parse(joined(cell['source'])).body if cell else []
     return {n.targets[0].id: ast.literal_eval(n.value) for n in lines if isinstance(n, ast.Assign)}
 
-def value(v): return f'`{json.dumps(v, ensure_ascii=False)}`' if v != '' else '`""`'
+def value(v): return f'`{json.dumps(v, ensure_ascii=False)}`'
+
+def result_of(page:Page): return read(ROOT/page.source.replace('notebook.ipynb', 'result.json'))
 
 def accuracy(result) -> str:
     "The headline number of a run."
@@ -44,16 +46,16 @@ def facts(page:Page, result, asked, links) -> str:
 
 def run_page(page:Page, links) -> tuple[dict, dict]:
     "The notebook of a run's page, and what the site should know of it."
-    nb, result = read(ROOT/page.source), read(ROOT/page.source.replace('notebook.ipynb', 'result.json'))
+    nb, result = read(ROOT/page.source), result_of(page)
     asked = parameters(nb, 'injected-parameters')
     experiment = experiment_of(result, links)
     name = experiment.source.rpartition('/')[2].removesuffix('.ipynb') if experiment else result.get('notebook')
     folder = page.source.removesuffix('notebook.ipynb')
     words = f'An executed run of {name} for {result["experiment"]}, scale {result["scale"]}' + (f': test accuracy {accuracy(result)} %' if accuracy(result) else '') + '.'
-    body = [c for c in nb['cells'] if not joined(c['source']).startswith('# ')]
+    body = [c for c in nb['cells'] if 'injected-parameters' not in c['metadata'].get('tags', []) and not (c['cell_type'] == 'markdown' and joined(c['source']).startswith('# '))]
     made = [titled(f'`{result["run"]}`', words), text_cell(facts(page, result, asked, links)), text_cell('## The notebook, as it was executed'), *deeper(cells(dict(cells=body), page, links))]
     files = {n: folder + n for n in ('result.json', 'metrics.csv') if folder + n in links.files}
-    return notebook(made), dict(title=result['run'], description=words, files=files)
+    return notebook(made), dict(description=words, files=files)
 
 def deeper(made):
     "Headings one level down, under the page's own."
@@ -62,10 +64,10 @@ def deeper(made):
     return made
 
 def run_list(links) -> str:
-    "Every run, newest of a table first."
+    "Every run, by table and name."
     groups = {}
     for page in filter(lambda p: p.is_run, links.pages.values()):
-        result = read(ROOT/page.source.replace('notebook.ipynb', 'result.json'))
+        result = result_of(page)
         groups.setdefault(result['experiment'], []).append((page, result))
     parts = ['# Executed runs\n\n{.lead}\nEvery run behind a number of this site: its parameters, its result and the notebook as it was executed.\n']
     for name, found in sorted(groups.items()):

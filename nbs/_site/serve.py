@@ -51,7 +51,8 @@ def once():
 def serve(port:int, every=.3):
     "Build, show, watch, until Ctrl-C."
     import torch
-    seen = state()
+    program = lambda: {p: p.stat().st_mtime_ns for p in HERE.glob('*.py')}
+    seen, begun = state(), program()
     once()
     server = ThreadingHTTPServer(('127.0.0.1', port), partial(Handler, directory=str(DOCS)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -59,5 +60,6 @@ def serve(port:int, every=.3):
     try:
         while True:
             time.sleep(every)
+            if program() != begun: sys.exit('the program that makes the site has changed: start it again')
             if (now := state()) != seen: seen = now; forget(); once()
     except KeyboardInterrupt: sys.exit(0)
