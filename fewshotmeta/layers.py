@@ -43,7 +43,7 @@ class Plan:
               ) -> list[slice]: # consecutive slices that cover range(n)
         "The slices in which `n` tasks are run."
         size = self.chunk or max(n, 1)
-        if pixels: size = max(size, min(self.pixels//pixels, n//4))       # at least four calls, for as many workers to be busy
+        if pixels: size = max(size, min(self.pixels//pixels, n//2))       # at least two calls: one worker does not do it all
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]
     def map(self, f, items) -> list: # `f(item)` for each item, in order
         "Run `f` over `items`, on the plan's workers if it has any."

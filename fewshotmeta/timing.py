@@ -387,7 +387,8 @@ def plot_bench(
 ):               # the figure
     "Milliseconds of each candidate, and how the cost grows."
     import matplotlib.pyplot as plt
-    names = list(dict.fromkeys(r['case'] for r in result['rows'] if r['case'] in [c.name for c in CASES] or len(result['rows']) < 5))
+    every = dict.fromkeys(r['case'] for r in result['rows'])
+    names = [n for n in every if n in {c.name for c in CASES}] or list(every)
     curves = list(result['curves'].values())
     rows = math.ceil(len(names)/3) + math.ceil(len(curves)/3)
     fig, axes = plt.subplots(rows, 3, figsize=(11, 2.5*rows), squeeze=False)

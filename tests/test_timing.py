@@ -77,3 +77,8 @@ def test_memory_is_that_of_the_candidate():
     case = Case('', tasks=6, filters=16)
     lean, fat = (peak_memory(n, case) for n in ('plain loop', 'plain loop, one graph'))
     assert fat > lean + 20*2**20
+
+def test_a_part_of_the_bench_has_its_picture(tmp_path):
+    row = dict(case='adaptation, 1 step', candidate='ours', kept_memory=False, ms=2., q1=1., q3=3., n=3, work=1., share=.5, peak_bytes=None)
+    save_bench(dict(rows=[row], curves={}, ceiling=200., cases=[]), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['bench.json', 'bench.png']
