@@ -318,10 +318,11 @@ void first_at(const T *z, const uint8_t *k, const T *x, Z N, Z H, Z W, Z D, Z C,
 # %% ../nbs/02a_kernels.ipynb #b5effeca
 _PRODUCT = r"""
 /* ---- 3×3 convolution, stride 1, padding 1, by Winograd's F(2×2, 3×3): 16 products for 4 outputs instead of 36 */
-enum { TILES = 48 };
+enum { TILES = 48 };      /* at a time; each of the sixteen parts is followed by a vector of nothing, since distances of a multiple of 4 KB would share cache sets */
+#define PARTS Z su = C*O + L, sv = TILES*C + L, sm = TILES*O + L; T *U = aligned(16*su), *v = aligned(16*sv), *m = aligned(16*sm), *zero = aligned(L); memset(zero, 0, 64)
 inl void dots_(const int R, const int B, const T *a, Z step, Z next, const T *b, Z ldb, Z K, T *c, Z ldc, const int add) {
     /* c[r][·] (+)= sum over k of a[r*step + k*next]·b[k*ldb + ·], R rows, B vectors */
-    V acc[R][4];
+    V acc[6][4];     /* of constant size: gcc keeps an array of variable size in memory */
     FOR(r, R) FOR(v, B) acc[r][v] = add ? ld(c + r*ldc + v*L) : all(0);
     for (Z k = 0; k < K; k++) {
         V u[4];
@@ -380,18 +381,18 @@ static T *aligned(Z n) { return aligned_alloc(64, (n*sizeof(T) + 63)/64*64); }
 _WINO_FORWARD = r"""
 /* y (N, H, W, O) = x (N, H, W, C) * w; w (9, C, O), strides tap, in and 1; flip: the taps in reverse order, as the gradient of the input needs */
 void wino_forward(const T *x, Z N, Z H, Z W, Z C, Z O, const T *w, Z tap, Z in, Z flip, T *y) {
-    Z th = (H + 1)/2, tw = (W + 1)/2, all_tiles = N*th*tw; T *U = aligned(16*C*O), *v = aligned(16*TILES*C), *m = aligned(16*TILES*O), *zero = aligned(L); memset(zero, 0, 64);
+    Z th = (H + 1)/2, tw = (W + 1)/2, all_tiles = N*th*tw; PARTS;
     for (Z c = 0; c < C; c++) for (Z o = 0; o < O; o += L) {
         V g[3][3], h[4][3]; const V half = all(0.5);
         FOR(a, 3) FOR(b, 3) g[a][b] = ld(w + (flip ? 8 - a*3 - b : a*3 + b)*tap + c*in + o);
         FOR(b, 3) { V e = (g[0][b] + g[2][b])*half, f = g[1][b]*half; h[0][b] = g[0][b]; h[1][b] = e + f; h[2][b] = e - f; h[3][b] = g[2][b]; }
-        FOR(a, 4) { V e = (h[a][0] + h[a][2])*half, f = h[a][1]*half; T *to = U + (a*4*C + c)*O + o; st(to, h[a][0]); st(to + C*O, e + f); st(to + 2*C*O, e - f); st(to + 3*C*O, h[a][2]); }
+        FOR(a, 4) { V e = (h[a][0] + h[a][2])*half, f = h[a][1]*half; T *to = U + a*4*su + c*O + o; st(to, h[a][0]); st(to + su, e + f); st(to + 2*su, e - f); st(to + 3*su, h[a][2]); }
     }
     for (Z t0 = 0; t0 < all_tiles; t0 += TILES) {
         Z n = all_tiles - t0 < TILES ? all_tiles - t0 : TILES;
-        for (Z t = 0; t < n; t++) { Z k = t0 + t, i = k/tw%th*2, j = k%tw*2; const T *from = x + k/(th*tw)*H*W*C; for (Z c = 0; c < C; c += L) to_patch(from, H, W, C, i, j, c, zero, v + t*C + c, TILES*C); }
-        FOR(e, 16) product_(0, v + e*TILES*C, C, 1, U + e*C*O, O, n, C, O, m + e*TILES*O, O);
-        for (Z t = 0; t < n; t++) { Z k = t0 + t, i = k/tw%th*2, j = k%tw*2; T *to = y + k/(th*tw)*H*W*O; for (Z o = 0; o < O; o += L) from_products(m + t*O + o, TILES*O, to, H, W, O, i, j, o); }
+        for (Z t = 0; t < n; t++) { Z k = t0 + t, i = k/tw%th*2, j = k%tw*2; const T *from = x + k/(th*tw)*H*W*C; for (Z c = 0; c < C; c += L) to_patch(from, H, W, C, i, j, c, zero, v + t*C + c, sv); }
+        FOR(e, 16) product_(0, v + e*sv, C, 1, U + e*su, O, n, C, O, m + e*sm, O);
+        for (Z t = 0; t < n; t++) { Z k = t0 + t, i = k/tw%th*2, j = k%tw*2; T *to = y + k/(th*tw)*H*W*O; for (Z o = 0; o < O; o += L) from_products(m + t*O + o, sm, to, H, W, O, i, j, o); }
     }
     free(U); free(v); free(m); free(zero);
 }
@@ -399,26 +400,26 @@ void wino_forward(const T *x, Z N, Z H, Z W, Z C, Z O, const T *w, Z tap, Z in, 
 
 # %% ../nbs/02a_kernels.ipynb #9da8cd6d
 _WINO_WEIGHT = r"""
-/* gw (3, 3, C, O): the gradient of the weights from gy (N, H, W, O) */
+/* gw (O, 3, 3, C): the gradient of the weights from gy (N, H, W, O) */
 void wino_weight(const T *x, const T *gy, Z N, Z H, Z W, Z C, Z O, T *gw) {
-    Z th = (H + 1)/2, tw = (W + 1)/2, all_tiles = N*th*tw; T *U = aligned(16*C*O), *v = aligned(16*TILES*C), *m = aligned(16*TILES*O), *zero = aligned(L); memset(zero, 0, 64);
-    memset(U, 0, 16*C*O*sizeof(T));
+    Z th = (H + 1)/2, tw = (W + 1)/2, all_tiles = N*th*tw; PARTS;
+    memset(U, 0, 16*su*sizeof(T));
     for (Z t0 = 0; t0 < all_tiles; t0 += TILES) {
         Z n = all_tiles - t0 < TILES ? all_tiles - t0 : TILES;
         for (Z t = 0; t < n; t++) {
             Z k = t0 + t, i = k/tw%th*2, j = k%tw*2; const T *from = x + k/(th*tw)*H*W*C, *grad = gy + k/(th*tw)*H*W*O;
-            for (Z c = 0; c < C; c += L) to_patch(from, H, W, C, i, j, c, zero, v + t*C + c, TILES*C);
-            for (Z o = 0; o < O; o += L) to_products(grad, H, W, O, i, j, o, zero, m + t*O + o, TILES*O);
+            for (Z c = 0; c < C; c += L) to_patch(from, H, W, C, i, j, c, zero, v + t*C + c, sv);
+            for (Z o = 0; o < O; o += L) to_products(grad, H, W, O, i, j, o, zero, m + t*O + o, sm);
         }
-        FOR(e, 16) product_(1, v + e*TILES*C, 1, C, m + e*TILES*O, O, C, n, O, U + e*C*O, O);
+        FOR(e, 16) product_(1, m + e*sm, 1, O, v + e*sv, C, O, n, C, U + e*su, C);
     }
-    for (Z c = 0; c < C; c++) for (Z o = 0; o < O; o += L) {
-        V h[3][4]; const V half = all(0.5);
+    for (Z o = 0; o < O; o++) for (Z c = 0; c < C; c += L) {
+        V h[3][4]; const V half = all(0.5); const T *u = U + o*C + c;
         FOR(b, 4) {
-            V u0 = ld(U + (b*C + c)*O + o), u1 = ld(U + ((4 + b)*C + c)*O + o), u2 = ld(U + ((8 + b)*C + c)*O + o), u3 = ld(U + ((12 + b)*C + c)*O + o), e = (u1 + u2)*half;
+            V u0 = ld(u + b*su), u1 = ld(u + (4 + b)*su), u2 = ld(u + (8 + b)*su), u3 = ld(u + (12 + b)*su), e = (u1 + u2)*half;
             h[0][b] = u0 + e; h[1][b] = (u1 - u2)*half; h[2][b] = e + u3;
         }
-        FOR(a, 3) { V e = (h[a][1] + h[a][2])*half; T *to = gw + (a*3*C + c)*O + o; st(to, h[a][0] + e); st(to + C*O, (h[a][1] - h[a][2])*half); st(to + 2*C*O, e + h[a][3]); }
+        FOR(a, 3) { V e = (h[a][1] + h[a][2])*half; T *to = gw + (o*9 + a*3)*C + c; st(to, h[a][0] + e); st(to + C, (h[a][1] - h[a][2])*half); st(to + 2*C, e + h[a][3]); }
     }
     free(U); free(v); free(m); free(zero);
 }
@@ -508,9 +509,9 @@ class _Winograd(NamedTuple):
         return gx
     def to_weight(self, gy, x, w):
         (n, c, h, width), o, x, gy = x.shape, gy.shape[1], channels_last(x), channels_last(gy)
-        gw = x.new_empty(self.tasks, 3, 3, c, o)
+        gw = _images(x, self.tasks*o, c, 3, 3)
         _call('wino_weight', x.dtype, self.tasks, x, gy, n//self.tasks, h, width, c, o, gw)
-        return channels_last(gw.permute(0, 4, 3, 1, 2).flatten(0, 1))
+        return gw
 
 @lru_cache
 def _wide(): return 'avx512f' in _processor()     # its 32 registers of 64 bytes hold the matrix product's sums; elsewhere it is not known to pay
