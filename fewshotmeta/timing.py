@@ -95,8 +95,14 @@ def plain_net(case:Case) -> nn.Sequential:
     block = lambda i: nn.Sequential(nn.Conv2d(i, case.filters, 3, padding=1), nn.BatchNorm2d(case.filters, track_running_stats=False), nn.LeakyReLU(.01), nn.MaxPool2d(2))
     return nn.Sequential(block(case.channels), *(block(case.filters) for _ in range(3)), nn.Flatten())
 
+def _plainly(learner):
+    "Keep the graph of every query pass until the task is done; ours differentiates each loss of MAML++ at once."
+    query = learner._query
+    learner._query = lambda fast, episodes, lean: query(fast, episodes, False)
+
 def _ours(case, device, plan, backbone=None):
     learner, ep = to_dtype(case.learner(backbone), torch.float32, device), case.episodes(device)
+    if backbone and case.method == 'mamlpp': _plainly(learner)
     plan = plan_for(device, **plan) if isinstance(plan, dict) else plan
     if not case.adapt and plan.capture:
         recorder = Recorder(learner, plan)           # recorded in the first, uncounted round
