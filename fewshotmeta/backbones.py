@@ -204,7 +204,9 @@ class ModuleBackbone:
         "The module's own weights, copied."
         return {k: v.detach().clone() for k, v in self.module.named_parameters()}
 
-    def buffers(self) -> dict: return {}
+    def buffers(self) -> dict:
+        "None: a module's running statistics are not used."
+        return {}
 
     def __repr__(self):
         weights = hashlib.sha256(b''.join(v.detach().cpu().numpy().tobytes() for v in self.module.parameters())).hexdigest()[:8]

@@ -198,7 +198,9 @@ class WaysSampler:
         self.sampler(n_way=self.high)      # more ways than classes are refused now
 
     @property
-    def bank(self) -> ImageBank: return self.sampler.bank
+    def bank(self) -> ImageBank:
+        "The images that its episodes are drawn from."
+        return self.sampler.bank
 
     @property
     def way_range(self) -> tuple[int,int]:

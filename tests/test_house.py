@@ -22,6 +22,31 @@ def test_notebook_form(path):
     if 'experiments' in path.parts: assert sum('parameters' in c['metadata'].get('tags', []) for c in codes) == 1
     elif re.match(r'\d\d', path.name): assert 'nbdev.nbdev_export()' in ''.join(codes[-1]['source'])
 
+COLAB = '''#| hide
+# Colab opens a notebook alone: get the rest of the repository, and its package
+import os, subprocess, sys
+if 'google.colab' in sys.modules:
+    if not os.path.isdir('/content/fewshotmeta'):
+        subprocess.run('git clone -q --depth 1 {git_url} && pip install -q "./fewshotmeta[nbdev]"', shell=True, check=True, cwd='/content')
+    os.chdir('/content/fewshotmeta/{folder}')'''
+
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.stem != '99_all'], ids=lambda p: p.stem)
+def test_a_notebook_begins_with_what_colab_needs(path):
+    "Every page of the site has a button that opens its notebook there; CONTRIBUTING says that a fork changes the address."
+    settings = configparser.ConfigParser(interpolation=None); settings.read(ROOT/'settings.ini')
+    first = next(c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code')
+    assert ''.join(first['source']) == COLAB.format(git_url=settings['DEFAULT']['git_url'], folder=path.parent.relative_to(ROOT).as_posix())
+    assert 'nbdev' in tomllib.loads((ROOT/'pyproject.toml').read_text())['project']['optional-dependencies']
+
+def test_the_readme_lists_every_notebook():
+    text = (ROOT/'README.md').read_text()
+    assert not (lacking := [p.name for p in NOTEBOOKS if p.stem != 'index' and not re.search(rf'^\| \[[^]]+\]\({re.escape(p.relative_to(ROOT).as_posix())}\) \| ', text, re.M)]), lacking
+
+def test_public_methods_have_docstrings():
+    silent = [f'{room}.{name}.{f.name}' for room, name, n, _ in _public() if isinstance(n, ast.ClassDef)
+              for f in n.body if isinstance(f, ast.FunctionDef) and not f.name.startswith('_') and not ast.get_docstring(f)]
+    assert not silent, silent
+
 def test_every_public_name_has_a_docstring_and_stands_in_all():
     import importlib, fewshotmeta.all as everything
     for room in ROOMS:

@@ -70,6 +70,16 @@ def test_every_plan_equals_the_plain_loop(kw, plan):
     size = sum(v.norm()**2 for v in naive.values())**.5
     for k in naive: assert (ours[k] - naive[k]).norm() < 1e-10*size, k
 
+@pytest.mark.parametrize('plan', list(PLANS))
+@pytest.mark.parametrize('kw', [dict(norm='support'), dict(norm='per_step', norm_steps=3), dict(norm_steps=3), dict(norm='support', order=1)])
+def test_every_plan_in_every_norm_mode(kw, plan):
+    "Against one task at a time with PyTorch's operations, which the finite differences above check in these modes."
+    m, ep = tiny(**kw), noise(tasks=3)
+    plain, ours = (meta_gradient(m, ep, plan=plan_for('cpu', p)) for p in ('plain', plan))
+    size = sum(v.norm()**2 for v in plain.grads)**.5
+    assert torch.allclose(ours.loss, plain.loss, rtol=1e-10)
+    for a, b in zip(ours.grads, plain.grads, strict=True): assert (a - b).norm() < 1e-10*size
+
 def test_order_matters():
     a, b = (gradient(tiny(order=o), noise()) for o in (1, 2))
     assert (a['conv2.weight'] - b['conv2.weight']).norm() > 1e-3*b['conv2.weight'].norm()

@@ -4,7 +4,7 @@ import pytest, torch
 from torch.utils.flop_counter import FlopCounterMode
 from fewshotmeta.all import *
 from fewshotmeta.command import main
-from fewshotmeta.timing import _against_peers, _line, _peak, _spread, _target, plain_net
+from fewshotmeta.timing import ON_GPU, PAIRS, _against_peers, _line, _peak, _plainly, _spread, _target, plain_net
 
 SMALL = dict(tasks=2, size=16, filters=8, n_query=2)
 
@@ -21,6 +21,17 @@ def test_ours_and_the_plain_loop_compute_the_same(case):
     ours, ep = exact(case, False)
     plain, _ = exact(case, True, ours)
     a, b = meta_gradient(ours, ep), meta_gradient(plain, ep, plan=Plan('p', 1))
+    for x, y in zip([a.loss, *a.grads], [b.loss, *b.grads], strict=True): assert torch.allclose(x, y, rtol=1e-9, atol=1e-10)
+
+def test_the_plain_loop_of_mamlpp_computes_the_same():
+    "With the same ingredients, and the graph of each query pass kept."
+    case = Case('', 'mamlpp', steps=3, **SMALL)
+    _, ep = exact(case, False)
+    ours, plain = (to_dtype(mamlpp(net, 5, 3, ingredients=('msl', 'lslr')), torch.float64) for net in (conv4(1, 16, filters=8), from_module(plain_net(case), 1, 16)))
+    with torch.no_grad():
+        for a, b in zip(plain.theta.values(), ours.theta.values(), strict=True): a.copy_(b)
+    _plainly(plain)
+    a, b = meta_gradient(ours, ep, .1), meta_gradient(plain, ep, .1, Plan('p', 1))
     for x, y in zip([a.loss, *a.grads], [b.loss, *b.grads], strict=True): assert torch.allclose(x, y, rtol=1e-9, atol=1e-10)
 
 @pytest.mark.parametrize('case', [Case(''), Case('', 'first_order', steps=2), Case('', 'hypermaml'), Case('', channels=3, size=84, filters=48), Case('', n_way=3, k_shot=2, n_query=4)])
@@ -41,7 +52,22 @@ def test_second_order_work_by_hand():
 def test_every_candidate_runs_what_it_claims(name):
     for case in (Case('', **SMALL), Case('', 'mamlpp', steps=2, **SMALL), Case('', 'hypermaml', **SMALL), Case('', steps=2, adapt=True, **SMALL)):
         if can_run(name, case): CANDIDATES[name](case, 'cpu')()
-    assert can_run(name, Case('')) or name in ('learn2learn', 'higher')
+    assert can_run(name, Case('')) or name in ('learn2learn', 'higher', 'ours, im2col', 'ours, inductor', 'ours, tf32')
+
+def test_each_device_has_its_candidates():
+    "A CPU's worker threads are not timed on a GPU, nor a GPU's precision on a CPU; between them every candidate has its turn."
+    gpu, cpu = ({n for n, _ in pairs if n not in ('learn2learn', 'higher') and can_run(n, Case(''), device)} for pairs, device in ((ON_GPU, 'cuda'), (PAIRS, 'cpu')))
+    assert 'ours, tf32' in gpu - cpu and 'ours, together' in cpu - gpu and {'ours', 'plain loop', 'ours, bf16'} <= gpu & cpu
+    assert gpu | cpu == set(CANDIDATES) - {'learn2learn', 'higher'}
+
+def test_targets_of_a_gpu():
+    row = lambda case, candidate, ms, share=.1: dict(case=case, candidate=candidate, kept_memory=False, ms=ms, share=share, peak_bytes=None)
+    rows = [row('16 tasks, 1 step', 'learn2learn', 50.), row('16 tasks, 1 step', 'ours', 2.), row('16 tasks, 5 steps', 'learn2learn', 50.), row('16 tasks, 5 steps', 'ours', 5.), row('16 tasks, 5 steps', 'ours, tf32', 4., .35)]
+    assert [(t['value'], t['met']) for t in targets(dict(device='cuda', rows=rows, curves={}))] == [(25., True), (10., False), (.35, True)]
+
+def test_what_was_not_measured_says_so():
+    result = dict(device='cpu', rows=[], curves={})
+    assert {(t['value'], t['met']) for t in targets(result)} == {(None, None)} and 'not measured |' in show_targets(result) and 'met |' not in show_targets(result)
 
 def test_line_and_spread():
     assert _line([1, 2, 4], [5., 7., 11.]) == pytest.approx(dict(slope=2., intercept=3., r2=1.))
