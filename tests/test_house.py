@@ -24,11 +24,9 @@ def test_notebook_form(path):
 
 COLAB = '''#| hide
 # Colab opens a notebook alone: get the rest of the repository, and its package
-import os, subprocess, sys
-if 'google.colab' in sys.modules:
-    if not os.path.isdir('/content/fewshotmeta'):
-        subprocess.run('git clone -q --depth 1 {git_url} && pip install -q "./fewshotmeta[nbdev]"', shell=True, check=True, cwd='/content')
-    os.chdir('/content/fewshotmeta/{folder}')'''
+if 'google.colab' in str(get_ipython()):
+    get_ipython().system('git clone -q --depth 1 {git_url} /content/fewshotmeta; pip install -q "/content/fewshotmeta[nbdev]"')
+    get_ipython().run_line_magic('cd', '-q /content/fewshotmeta/{folder}')'''
 
 @pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.stem != '99_all'], ids=lambda p: p.stem)
 def test_a_notebook_begins_with_what_colab_needs(path):

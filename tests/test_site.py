@@ -183,7 +183,8 @@ def test_contrast(seen, theme):
     checked = {n: p['faults'][theme] for n, p in seen.items() if 'faults' in p}
     assert len(checked) > 40 and {n: f for n, f in checked.items() if f} == {}
 
-def test_every_public_name_is_described_on_its_page(seen):
+def test_every_public_name_is_described_on_its_page(seen, docs):
+    "With its source, which needs no network."
     from fewshotmeta._modidx import d
     for module, names in d['syms'].items():
         for name, (url, _) in names.items():
@@ -191,6 +192,8 @@ def test_every_public_name_is_described_on_its_page(seen):
             if '.' in short or short.startswith('_'): continue
             page, _, fragment = url.partition('#')
             assert fragment in seen[page.removesuffix('.html')]['ids'], f'{name} is not on {page}'
+            text = re.sub(r'<[^>]+>', '', (docs/page).read_text())
+            assert re.search(rf'\b(def|class) {short}\b', text), f'the source of {name} is not on {page}'
 
 def test_experiments_show_a_run_and_no_smoke_test(docs):
     for path in (ROOT/'nbs'/'experiments').glob('*.ipynb'):
@@ -277,6 +280,14 @@ def test_a_run_s_outputs_go_to_the_same_code():
     cell = lambda source, *outputs: dict(cell_type='code', source=source, outputs=list(outputs), metadata={})
     nb, same = with_outputs_of(dict(cells=[cell('%config x\nf(1)', 'smoke'), cell('g(2)', 'smoke')]), dict(cells=[cell('#| echo: false\nf(1)', 'run'), cell('g(3)', 'run')]))
     assert [c['outputs'] for c in nb['cells']] == [['run'], []] and same == 1
+
+def test_a_run_does_not_show_what_its_notebook_hides():
+    from convert import cells
+    from pages import Links
+    links = Links()
+    cell = lambda source: dict(cell_type='code', id='a', source=source, outputs=[], metadata={})
+    made = cells(dict(cells=[cell('#| hide\nsetup()'), cell('f(1)')]), next(p for p in links.pages.values() if p.is_run), links)
+    assert [c['source'] for c in made] == ['f(1)']
 
 def test_new_notebooks_find_their_section():
     from pages import in_order

@@ -144,7 +144,7 @@ def cells(nb, page:Page, links) -> list[dict]:
     for cell in nb['cells']:
         source = joined(cell['source'])
         found, rest = directives(source)
-        if cell['cell_type'] == 'raw' or not source.strip() and not cell.get('outputs'): continue
+        if cell['cell_type'] == 'raw' or 'hide' in found or not source.strip() and not cell.get('outputs'): continue      # nbdev hides those of nbs/ before; a run has its own
         if cell['cell_type'] == 'markdown':
             if (text := markdown(source, page, links)).strip(): out.append(text_cell(text))
             before, heading = source, headings(source, heading)
