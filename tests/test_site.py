@@ -215,12 +215,16 @@ def test_a_run_comes_with_its_files(docs):
         result = json.loads((page.with_suffix('')/'result.json').read_text())
         assert (page.with_suffix('')/'notebook.ipynb').is_file() and re.search(rf'\b{result["scale"]}\b', page.read_text().partition('<article')[2]), page
 
+def first_words(nb):
+    "Of the text after the title."
+    return [c for c in nb['cells'] if c['cell_type'] == 'markdown'][1]['source']
+
 def test_only_what_changed_is_made_again(built):
     "One sentence more in one notebook: its page is written, and the one that lists it; the others are left."
     docs, path = built/'_docs', built/'nbs'/'14_reptile.ipynb'
     before = {p: p.stat().st_mtime_ns for p in docs.rglob('*.html')}
     nb = json.loads(path.read_text())
-    nb['cells'][1]['source'].append('\n\nA sentence that was not there.')
+    first_words(nb).append('\n\nA sentence that was not there.')
     path.write_text(json.dumps(nb))
     start = time.time()
     done = make(built)
@@ -241,7 +245,7 @@ def test_serving_follows_a_notebook(built):
         assert '__made' in read() and 'Saved just now.' not in read()
         path = built/'nbs'/'18_ranks.ipynb'
         nb = json.loads(path.read_text())
-        nb['cells'][1]['source'].append('\n\nSaved just now.')
+        first_words(nb).append('\n\nSaved just now.')
         path.write_text(json.dumps(nb))
         start = time.time()
         wait(lambda: 'Saved just now.' in read(), 60, text)
