@@ -33,12 +33,12 @@ def test_a_notebook_begins_with_what_colab_needs(path):
     "Every page of the site has a button that opens its notebook there; CONTRIBUTING says that a fork changes the address."
     settings = configparser.ConfigParser(interpolation=None); settings.read(ROOT/'settings.ini')
     first = next(c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code')
-    assert ''.join(first['source']) == COLAB.format(git_url=settings['DEFAULT']['git_url'], folder=path.parent.relative_to(ROOT).as_posix())
+    assert ''.join(first['source']) == COLAB.format(git_url=settings['DEFAULT']['git_url'], folder=path.parent.relative_to(ROOT).as_posix()), 'copy the first code cell of another notebook, with the folder of this one'
     assert 'nbdev' in tomllib.loads((ROOT/'pyproject.toml').read_text())['project']['optional-dependencies']
 
 def test_the_readme_lists_every_notebook():
     text = (ROOT/'README.md').read_text()
-    assert not (lacking := [p.name for p in NOTEBOOKS if p.stem != 'index' and not re.search(rf'^\| \[[^]]+\]\({re.escape(p.relative_to(ROOT).as_posix())}\) \| ', text, re.M)]), lacking
+    assert not (lacking := [p.name for p in NOTEBOOKS if p.stem != 'index' and not re.search(rf'^\| \[[^]]+\]\({re.escape(p.relative_to(ROOT).as_posix())}\) \| ', text, re.M)]), f'give them a row in the table of nbs/index.ipynb, then make readme: {lacking}'
 
 def test_public_methods_have_docstrings():
     silent = [f'{room}.{name}.{f.name}' for room, name, n, _ in _public() if isinstance(n, ast.ClassDef)

@@ -135,7 +135,8 @@ def test_links_lead_somewhere(seen, address, docs):
     assert broken == []
 
 def test_own_pages_are_linked_in_place(seen):
-    assert not [(n, u) for n, p in seen.items() for u in p['links'] if u.startswith('https://fewshotmeta.github.io')]
+    from pages import Links
+    assert not [(n, u) for n, p in seen.items() for u in p['links'] if u.startswith(Links().site)]
 
 def test_pictures_are_there_and_say_what_they_show(seen):
     images = [(n, *i) for n, p in seen.items() for i in p['images']]
@@ -152,7 +153,7 @@ def test_pages_say_what_they_are(seen):
     for name, page in pages.items():
         actions = dict(page['actions'])
         assert page['description'] and {'Download notebook', 'Open in Colab'} <= set(actions), name
-        assert actions['Open in Colab'].startswith('https://colab.research.google.com/github/fewshotmeta/fewshotmeta/blob/main/') and ('Edit' in actions or name.startswith('runs/')), name
+        assert actions['Open in Colab'].startswith(Links().git.replace('https://', 'https://colab.research.google.com/').replace('github.com', 'github') + '/blob/main/') and ('Edit' in actions or name.startswith('runs/')), name
 
 def test_phone_pages_do_not_scroll_sideways(seen):
     assert {n: p['wide'] for n, p in seen.items() if p['wide']} == {}
@@ -192,7 +193,7 @@ def test_every_public_name_is_described_on_its_page(seen, docs):
             if '.' in short or short.startswith('_'): continue
             page, _, fragment = url.partition('#')
             assert fragment in seen[page.removesuffix('.html')]['ids'], f'{name} is not on {page}'
-            text = re.sub(r'<[^>]+>', '', (docs/page).read_text())
+            text = re.sub(r'<[^>]+>', '', ''.join(re.findall(r'(?s)<details class="exported".*?</details>', (docs/page).read_text())))
             assert re.search(rf'\b(def|class) {short}\b', text), f'the source of {name} is not on {page}'
 
 def test_experiments_show_a_run_and_no_smoke_test(docs):
@@ -275,8 +276,8 @@ def test_links_go_to_pages_files_or_home_and_nowhere_else():
     assert markdown('[a](../11_mamlpp.ipynb#x) `[b](no.ipynb)` <!-- c -->', report, links) == '[a](../mamlpp.html#x) `[b](no.ipynb)` '
     assert links('../../runs/mamlpp_t4/maml_1shot_short_seed0/notebook.ipynb', report) == '../runs/mamlpp_t4/maml_1shot_short_seed0.html'
     assert links('../runs/mamlpp_t4/maml_1shot_short_seed0/result.json', maml) == 'runs/mamlpp_t4/maml_1shot_short_seed0/result.json'
-    assert links('../Makefile', maml) == 'https://github.com/fewshotmeta/fewshotmeta/blob/main/Makefile' and links('#here', maml) == '#here'
-    assert links('https://fewshotmeta.github.io/fewshotmeta/maml.html#fast', report) == '../maml.html#fast' and links('https://arxiv.org/abs/1', maml) == 'https://arxiv.org/abs/1'
+    assert links('../Makefile', maml) == f'{links.git}/blob/main/Makefile' and links('#here', maml) == '#here'
+    assert links(f'{links.site}maml.html#fast', report) == '../maml.html#fast' and links('https://arxiv.org/abs/1', maml) == 'https://arxiv.org/abs/1'
     with pytest.raises(ValueError, match=r'10_maml.ipynb: a link to 1_maml.ipynb, but there is no nbs/1_maml.ipynb'): links('1_maml.ipynb', maml)
 
 def test_a_run_s_outputs_go_to_the_same_code():
