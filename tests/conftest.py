@@ -1,73 +1,103 @@
 """Shared by all tests: a cache of their own, real data where FEWSHOTMETA_DATA says, visible skips elsewhere."""
+
 import json, os, subprocess
 from pathlib import Path
 import pytest, torch
 
 ROOT = Path(__file__).parent.parent
 
+
 @pytest.fixture(scope='session')
 def real_data():
     "The data root, for tests on real data."
     root = os.environ.get('FEWSHOTMETA_DATA')
-    from fewshotmeta.data import data_status
-    if not root: pytest.skip('no real data: FEWSHOTMETA_DATA is not set')
-    if lacking := [r['name'] for r in data_status(root) if not r['found'] and r['name'] != 'cub']: pytest.skip(f'no real data: {root} lacks {", ".join(lacking)}')
+    from fewshotmeta.data.datasets import data_status
+
+    if not root:
+        pytest.skip('no real data: FEWSHOTMETA_DATA is not set')
+    if lacking := [r['name'] for r in data_status(root) if not r['found'] and r['name'] != 'cub']:
+        pytest.skip(f'no real data: {root} lacks {", ".join(lacking)}')
     return Path(root)
+
 
 def full():
     "Whether the reliability tests run at full length, as `make reliability` does, and leave their figures."
     return bool(os.environ.get('FEWSHOTMETA_RECORD'))
 
+
 @pytest.fixture
 def record(request):
     "`record(what, figure=…)` keeps what a reliability test found, for the table of the documentation."
+
     def keep(what, **figures):
         if full():
-            with open(os.environ['FEWSHOTMETA_RECORD'], 'a') as f: print(json.dumps(dict(what=what, test=request.node.nodeid, **figures)), file=f)
+            with open(os.environ['FEWSHOTMETA_RECORD'], 'a') as f:
+                print(json.dumps(dict(what=what, test=request.node.nodeid, **figures)), file=f)
+
     return keep
+
 
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     "An empty cache folder."
-    monkeypatch.setenv('FEWSHOTMETA_CACHE', str(tmp_path/'cache'))
-    return tmp_path/'cache'
+    monkeypatch.setenv('FEWSHOTMETA_CACHE', str(tmp_path / 'cache'))
+    return tmp_path / 'cache'
+
 
 @pytest.fixture(scope='session')
 def noise_bank():
     "40 classes of 25 random images, 16×16: a data set that costs nothing."
-    from fewshotmeta.data import ImageBank
+    from fewshotmeta.data.banks import ImageBank
+
     gen = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (1000, 1, 16, 16), generator=gen, dtype=torch.uint8)
-    return ImageBank(images, range(0, 1000, 25), [25]*40, [f'class{i:02d}' for i in range(40)], name='noise')
+    return ImageBank(
+        images, range(0, 1000, 25), [25] * 40, [f'class{i:02d}' for i in range(40)], name='noise'
+    )
+
 
 @pytest.fixture
 def stopped(monkeypatch):
     "`stopped(7, go)` runs `go` up to iteration 7 of a training, where Ctrl-C comes."
-    import fewshotmeta.training as T
+    import fewshotmeta.training.fit as T
+
     step = T._Loop.step
+
     def run(iteration, go):
         def stop(self):
-            if self.run.iteration == iteration: raise KeyboardInterrupt
+            if self.run.iteration == iteration:
+                raise KeyboardInterrupt
             return step(self)
+
         with monkeypatch.context() as p:
             p.setattr(T._Loop, 'step', stop)
-            with pytest.raises(KeyboardInterrupt): go()
+            with pytest.raises(KeyboardInterrupt):
+                go()
+
     return run
+
 
 def mounted(folder, options):
     "A small file system of its own, which binds root, too; skipped, visibly, where one cannot be mounted."
     folder.mkdir()
-    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(folder)], capture_output=True, text=True)
-    if done.returncode: pytest.skip(f'cannot mount a file system here: {done.stderr.strip()}')
+    done = subprocess.run(
+        ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(folder)],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        pytest.skip(f'cannot mount a file system here: {done.stderr.strip()}')
     yield folder
     subprocess.run(['umount', '-l', str(folder)], check=True)
+
 
 @pytest.fixture
 def small_disk(tmp_path):
     "A file system of 256 kB."
-    yield from mounted(tmp_path/'small', 'size=256k')
+    yield from mounted(tmp_path / 'small', 'size=256k')
+
 
 @pytest.fixture
 def read_only(tmp_path):
     "A read-only file system."
-    yield from mounted(tmp_path/'ro', 'ro,size=64k')
+    yield from mounted(tmp_path / 'ro', 'ro,size=64k')

@@ -1,53 +1,123 @@
 """Every reliability test at full length, and what a batch itself costs: `make reliability` writes runs/reliability/reliability.json.
 `reliability.py costs` (times: nothing else should run) and `reliability.py test_slurm.py …` make a part anew."""
+
 import json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 import yaml
-from fewshotmeta.files import read_json, write_json
-from fewshotmeta.runs import device_name, provenance
+from fewshotmeta.data.files import read_json, write_json
+from fewshotmeta.lab.runs import device_name, provenance
 
 ROOT = Path(__file__).parent.parent
-TESTS = ('test_reliability.py', 'test_batches.py', 'test_slurm.py', 'test_properties.py', 'test_files.py')
+TESTS = (
+    'test_reliability.py',
+    'test_batches.py',
+    'test_slurm.py',
+    'test_properties.py',
+    'test_files.py',
+)
+
 
 def tests(folder, name):
     "Run the tests of a file at full length; what they recorded, and how they ended."
-    kept = folder/name
+    kept = folder / name
     kept.write_text('')
-    out = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-rs', str(ROOT/'tests'/name)], env=os.environ | dict(FEWSHOTMETA_RECORD=str(kept)), stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    out = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-rs', str(ROOT / 'tests' / name)],
+        env=os.environ | dict(FEWSHOTMETA_RECORD=str(kept)),
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
     print(out.stdout, flush=True)
-    if out.returncode: sys.exit(f'a test of {name} failed: nothing of it was written')
+    if out.returncode:
+        sys.exit(f'a test of {name} failed: nothing of it was written')
     rows = [json.loads(line) for line in kept.read_text().splitlines()]
-    return dict(rows=rows, said=out.stdout.strip().splitlines()[-1].strip('= '), skipped=[l for l in out.stdout.splitlines() if l.startswith('SKIPPED')])
+    return dict(
+        rows=rows,
+        said=out.stdout.strip().splitlines()[-1].strip('= '),
+        skipped=[l for l in out.stdout.splitlines() if l.startswith('SKIPPED')],
+    )
 
-def command(*args): return [sys.executable, '-m', 'fewshotmeta.command', *map(str, args)]
+
+def command(*args):
+    return [sys.executable, '-m', 'fewshotmeta.lab.command', *map(str, args)]
+
 
 def overhead(folder, n=40, jobs=2):
     "Wall time of a batch of smoke runs against the runs' own work."
-    (folder/'train.ipynb').write_bytes((ROOT/'nbs'/'experiments'/'train.ipynb').read_bytes())
-    (folder/'forty.yaml').write_text(yaml.dump(dict(experiment='train.ipynb', runs=dict(maml=dict(seed=list(range(n)))), scales=dict(smoke={}))))
-    subprocess.run(command('run', folder/'train.ipynb', '--runs', folder/'warm'), check=True, capture_output=True)            # banks and kernels are built
+    (folder / 'train.ipynb').write_bytes(
+        (ROOT / 'nbs' / 'experiments' / 'train.ipynb').read_bytes()
+    )
+    (folder / 'forty.yaml').write_text(
+        yaml.dump(
+            dict(
+                experiment='train.ipynb',
+                runs=dict(maml=dict(seed=list(range(n)))),
+                scales=dict(smoke={}),
+            )
+        )
+    )
+    subprocess.run(
+        command('run', folder / 'train.ipynb', '--runs', folder / 'warm'),
+        check=True,
+        capture_output=True,
+    )  # banks and kernels are built
     t = time.perf_counter()
-    subprocess.run(command('batch', folder/'forty.yaml', '--runs', folder/'runs', '--jobs', jobs), check=True, capture_output=True)
+    subprocess.run(
+        command('batch', folder / 'forty.yaml', '--runs', folder / 'runs', '--jobs', jobs),
+        check=True,
+        capture_output=True,
+    )
     wall = time.perf_counter() - t
-    own = sum(read_json(f)['seconds'] for f in (folder/'runs').glob('forty/*/result.json'))
-    return dict(what=f'{n} smoke runs, {jobs} at a time: wall time against the runs\' own work', runs=n, wall_seconds=round(wall, 1), own_seconds=round(own, 1), overhead=round(wall*jobs/own - 1, 4))
+    own = sum(read_json(f)['seconds'] for f in (folder / 'runs').glob('forty/*/result.json'))
+    return dict(
+        what=f'{n} smoke runs, {jobs} at a time: wall time against the runs\' own work',
+        runs=n,
+        wall_seconds=round(wall, 1),
+        own_seconds=round(own, 1),
+        overhead=round(wall * jobs / own - 1, 4),
+    )
+
 
 def looking(folder, n=1000):
     "Seconds of `status` and `results` over many finished runs; medians of five."
-    one = read_json(sorted((ROOT/'runs').glob('*/*/result.json'))[0])
-    for i in range(n): write_json(folder/'many'/f'table{i//50}'/f'run{i}'/'result.json', one | dict(experiment=f'table{i//50}', run=f'run{i}'))
+    one = read_json(sorted((ROOT / 'runs').glob('*/*/result.json'))[0])
+    for i in range(n):
+        write_json(
+            folder / 'many' / f'table{i // 50}' / f'run{i}' / 'result.json',
+            one | dict(experiment=f'table{i // 50}', run=f'run{i}'),
+        )
+
     def median(*args):
         times = []
-        for _ in range(5): t = time.perf_counter(); subprocess.run(command(*args, '--runs', folder/'many'), check=True, capture_output=True); times.append(time.perf_counter() - t)
+        for _ in range(5):
+            t = time.perf_counter()
+            subprocess.run(
+                command(*args, '--runs', folder / 'many'), check=True, capture_output=True
+            )
+            times.append(time.perf_counter() - t)
         return round(sorted(times)[2], 2)
-    return dict(what=f'looking at {n} finished runs', runs=n, status_seconds=median('status'), results_seconds=median('results'))
+
+    return dict(
+        what=f'looking at {n} finished runs',
+        runs=n,
+        status_seconds=median('status'),
+        results_seconds=median('results'),
+    )
+
 
 def main(parts):
-    path = ROOT/'runs'/'reliability'/'reliability.json'
+    path = ROOT / 'runs' / 'reliability' / 'reliability.json'
     for part in parts:
         with tempfile.TemporaryDirectory() as tmp:
-            found = tests(Path(tmp), part) if part in TESTS else dict(rows=[looking(Path(tmp)), overhead(Path(tmp))])
+            found = (
+                tests(Path(tmp), part)
+                if part in TESTS
+                else dict(rows=[looking(Path(tmp)), overhead(Path(tmp))])
+            )
         all_ = read_json(path) if path.exists() else {}
         write_json(path, all_ | {part: found | dict(device=device_name(), **provenance())})
 
-if __name__ == '__main__': main(sys.argv[1:] or ('costs', *TESTS))
+
+if __name__ == '__main__':
+    main(sys.argv[1:] or ('costs', *TESTS))

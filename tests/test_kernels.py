@@ -1,59 +1,144 @@
 """The C kernels against PyTorch's operations, with two derivatives; and what happens without a compiler."""
+
 import os, subprocess, sys, threading
 import pytest, torch, torch.nn.functional as F
 from fewshotmeta.all import *
-from fewshotmeta.kernels import _NormPool
+from fewshotmeta.engine.kernels import _NormPool
 
 pytestmark = pytest.mark.skipif(library(torch.float64) is None, reason='no C compiler')
 
+
 def plain(x, w, gamma, beta, leak, stride, pool):
     z = F.batch_norm(F.conv2d(x, w, None, stride, 1), None, None, gamma, beta, True)
-    if pool: z = F.max_pool2d(z, 2)
+    if pool:
+        z = F.max_pool2d(z, 2)
     return F.leaky_relu(z, leak) if leak else F.relu(z)
+
 
 def derivatives(f, args):
     z = f(*args)
     wave = torch.sin(torch.arange(z.numel(), dtype=z.dtype)).view(z.shape)
-    first = torch.autograd.grad((z*wave + z.square()/9).sum(), args, create_graph=True)
-    return [z, *first, *torch.autograd.grad(sum((g*torch.cos(torch.arange(g.numel(), dtype=g.dtype)).view(g.shape)).sum() for g in first) + z.sum(), args)]
+    first = torch.autograd.grad((z * wave + z.square() / 9).sum(), args, create_graph=True)
+    return [
+        z,
+        *first,
+        *torch.autograd.grad(
+            sum(
+                (g * torch.cos(torch.arange(g.numel(), dtype=g.dtype)).view(g.shape)).sum()
+                for g in first
+            )
+            + z.sum(),
+            args,
+        ),
+    ]
 
-@pytest.mark.parametrize('channels,size', [(1, 28), (1, 17), (3, 21), (3, 16), (16, 14), (16, 7), (2, 6)])
+
+@pytest.mark.parametrize(
+    'channels,size', [(1, 28), (1, 17), (3, 21), (3, 16), (16, 14), (16, 7), (2, 6)]
+)
 @pytest.mark.parametrize('stride,pool', [(1, True), (2, False), (1, False), (2, True)])
-@pytest.mark.parametrize('filters,leak', [(8, 0.), (48, .01), (40, .2)])
+@pytest.mark.parametrize('filters,leak', [(8, 0.0), (48, 0.01), (40, 0.2)])
 def test_block_and_two_derivatives(channels, size, stride, pool, filters, leak):
     torch.manual_seed(0)
-    r = lambda *s: torch.randn(*s, dtype=torch.float64)
-    x, w, gamma, beta = channels_last(r(3, channels, size, size) + 2), channels_last(r(filters, channels, 3, 3)/5), r(filters), r(filters)
-    args = [t.requires_grad_() for t in (w, gamma, beta)]
-    if channels not in (1, 3): args = [x.requires_grad_(), *args]
-    full = lambda a: a if len(a) == 4 else (x, *a)
-    ours = derivatives(lambda *a: fused_block(full(a)[0][None], *full(a)[1:], 1e-5, leak, stride, pool)[0][0], args)
-    for a, b in zip(ours, derivatives(lambda *a: plain(*full(a), leak, stride, pool), args)): assert torch.allclose(a, b, rtol=1e-9, atol=1e-10)
 
-@pytest.mark.parametrize('own', [(True, True, True), (False, False, False), (False, True, False), (True, False, True)])
-@pytest.mark.parametrize('channels,size,stride,conv', [(1, 14, 1, 'winograd'), (3, 9, 2, 'winograd'), (16, 7, 1, 'winograd'), (16, 3, 1, 'winograd'), (16, 6, 1, 'grouped'), (2, 6, 2, 'winograd')])
+    def r(*s):
+        return torch.randn(*s, dtype=torch.float64)
+
+    x, w, gamma, beta = (
+        channels_last(r(3, channels, size, size) + 2),
+        channels_last(r(filters, channels, 3, 3) / 5),
+        r(filters),
+        r(filters),
+    )
+    args = [t.requires_grad_() for t in (w, gamma, beta)]
+    if channels not in (1, 3):
+        args = [x.requires_grad_(), *args]
+
+    def full(a):
+        return a if len(a) == 4 else (x, *a)
+
+    ours = derivatives(
+        lambda *a: fused_block(full(a)[0][None], *full(a)[1:], 1e-5, leak, stride, pool)[0][0], args
+    )
+    for a, b in zip(ours, derivatives(lambda *a: plain(*full(a), leak, stride, pool), args)):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    'own', [(True, True, True), (False, False, False), (False, True, False), (True, False, True)]
+)
+@pytest.mark.parametrize(
+    'channels,size,stride,conv',
+    [
+        (1, 14, 1, 'winograd'),
+        (3, 9, 2, 'winograd'),
+        (16, 7, 1, 'winograd'),
+        (16, 3, 1, 'winograd'),
+        (16, 6, 1, 'grouped'),
+        (2, 6, 2, 'winograd'),
+    ],
+)
 def test_many_tasks_are_one_after_another(channels, size, stride, conv, own):
     "Several tasks a call, with weights, scales and shifts of their own or shared: each task's values and two derivatives."
     torch.manual_seed(0)
-    r = lambda *s: torch.randn(*s, dtype=torch.float64)
+
+    def r(*s):
+        return torch.randn(*s, dtype=torch.float64)
+
     tasks, filters, pool = 3, 8, size > 3
-    x, params = r(tasks, 2, channels, size, size) + 2, [r(*((tasks,) if o else ()), *s)/2 for o, s in zip(own, ((filters, channels, 3, 3), (filters,), (filters,)))]
+    x, params = (
+        r(tasks, 2, channels, size, size) + 2,
+        [
+            r(*((tasks,) if o else ()), *s) / 2
+            for o, s in zip(own, ((filters, channels, 3, 3), (filters,), (filters,)))
+        ],
+    )
     args = [t.requires_grad_() for t in ([x] if channels > 3 else []) + params]
-    full = lambda a: a if len(a) == 4 else (x, *a)
-    together = lambda *a: plan_for('cpu', conv=conv).run(fused_block, *full(a), 1e-5, .01, stride, pool)[0]
+
+    def full(a):
+        return a if len(a) == 4 else (x, *a)
+
+    def together(*a):
+        return plan_for('cpu', conv=conv).run(fused_block, *full(a), 1e-5, 0.01, stride, pool)[0]
+
     def alone(*a):
         x, *p = full(a)
-        return torch.stack([plain(x[i], *(t[i] if o else t for t, o in zip(p, own)), .01, stride, pool) for i in range(tasks)])
-    for a, b in zip(derivatives(together, args), derivatives(alone, args)): assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+        return torch.stack(
+            [
+                plain(x[i], *(t[i] if o else t for t, o in zip(p, own)), 0.01, stride, pool)
+                for i in range(tasks)
+            ]
+        )
+
+    for a, b in zip(derivatives(together, args), derivatives(alone, args)):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
     stats = fused_block(x, *params, stride=stride, pool=pool)[1]
     for i in range(tasks):
-        for a, b in zip(stats, fused_block(x[i:i+1], *(t[i] if o else t for t, o in zip(params, own)), stride=stride, pool=pool)[1]): assert torch.allclose(a[i], b[0])
+        for a, b in zip(
+            stats,
+            fused_block(
+                x[i : i + 1],
+                *(t[i] if o else t for t, o in zip(params, own)),
+                stride=stride,
+                pool=pool,
+            )[1],
+        ):
+            assert torch.allclose(a[i], b[0])
+
 
 def test_statistics_are_those_of_the_norm():
     torch.manual_seed(0)
     for c in (1, 16):
-        x, w = torch.rand(1, 6, c, 12, 12, dtype=torch.float64), torch.randn(8, c, 3, 3, dtype=torch.float64)
-        for a, b in zip(fused_block(x, w, None, torch.zeros(8, dtype=torch.float64))[1], batch_stats(task_conv2d(x, w))): assert torch.allclose(a, b, rtol=1e-9)
+        x, w = (
+            torch.rand(1, 6, c, 12, 12, dtype=torch.float64),
+            torch.randn(8, c, 3, 3, dtype=torch.float64),
+        )
+        for a, b in zip(
+            fused_block(x, w, None, torch.zeros(8, dtype=torch.float64))[1],
+            batch_stats(task_conv2d(x, w)),
+        ):
+            assert torch.allclose(a, b, rtol=1e-9)
+
 
 @pytest.mark.parametrize('channels', [1, 16])
 def test_what_is_not_a_number_stays_so(channels):
@@ -61,98 +146,210 @@ def test_what_is_not_a_number_stays_so(channels):
     x[0, 0, 0, 3, 3] = torch.nan
     assert fused_block(x, w, None, torch.zeros(16))[0].isnan().any()
 
+
 def test_float32_is_near_its_float64():
     torch.manual_seed(0)
     for c in (1, 64):
-        x, w, b = torch.rand(1, 75, c, 14, 14), torch.randn(64, c, 3, 3)/10, torch.randn(64)
-        a, e = fused_block(x, w, None, b)[0], fused_block(x.double(), w.double(), None, b.double())[0]
-        assert (a - e).norm() < 1e-5*e.norm()
+        x, w, b = torch.rand(1, 75, c, 14, 14), torch.randn(64, c, 3, 3) / 10, torch.randn(64)
+        a, e = (
+            fused_block(x, w, None, b)[0],
+            fused_block(x.double(), w.double(), None, b.double())[0],
+        )
+        assert (a - e).norm() < 1e-5 * e.norm()
+
 
 def test_when_it_is_used():
-    x = lambda *s, dtype=torch.float32: torch.rand(*s, dtype=dtype)
-    assert fusable(x(1, 2, 1, 8, 8), 16) and fusable(x(2, 2, 1, 8, 8), 16) and not fusable(x(1, 2, 1, 8, 8), 12) and not fusable(x(1, 2, 1, 8, 8, dtype=torch.float16), 32)
-    assert not plan_for('cpu', 'plain').run(fusable, x(1, 2, 1, 8, 8), 16) and plan_for('cpu').run(fusable, x(1, 2, 1, 8, 8), 16)
+    def x(*s, dtype=torch.float32):
+        return torch.rand(*s, dtype=dtype)
+
+    assert (
+        fusable(x(1, 2, 1, 8, 8), 16)
+        and fusable(x(2, 2, 1, 8, 8), 16)
+        and not fusable(x(1, 2, 1, 8, 8), 12)
+        and not fusable(x(1, 2, 1, 8, 8, dtype=torch.float16), 32)
+    )
+    assert not plan_for('cpu', 'plain').run(fusable, x(1, 2, 1, 8, 8), 16) and plan_for('cpu').run(
+        fusable, x(1, 2, 1, 8, 8), 16
+    )
+
 
 def test_a_third_derivative_is_refused():
     y = torch.randn(2, 16, 4, 4, requires_grad=True)
-    z = _NormPool.apply(channels_last(y), torch.ones(1, 16), torch.zeros(1, 16), 1e-5, 0., True)[0]
-    g, = torch.autograd.grad(z.pow(2).sum(), y, create_graph=True)
+    z = _NormPool.apply(channels_last(y), torch.ones(1, 16), torch.zeros(1, 16), 1e-5, 0.0, True)[0]
+    (g,) = torch.autograd.grad(z.pow(2).sum(), y, create_graph=True)
     torch.autograd.grad(g.pow(2).sum(), y, retain_graph=True)
-    with pytest.raises(RuntimeError, match='two derivatives'): torch.autograd.grad(g.pow(2).sum(), y, create_graph=True)
+    with pytest.raises(RuntimeError, match='two derivatives'):
+        torch.autograd.grad(g.pow(2).sum(), y, create_graph=True)
     w = torch.randn(16, 1, 3, 3, requires_grad=True)
-    g, = torch.autograd.grad(fused_block(torch.rand(1, 2, 1, 8, 8), w, None, torch.zeros(16))[0].pow(2).sum(), w, create_graph=True)
-    with pytest.raises(RuntimeError, match='two derivatives'): torch.autograd.grad(g.pow(2).sum(), w, create_graph=True)
+    (g,) = torch.autograd.grad(
+        fused_block(torch.rand(1, 2, 1, 8, 8), w, None, torch.zeros(16))[0].pow(2).sum(),
+        w,
+        create_graph=True,
+    )
+    with pytest.raises(RuntimeError, match='two derivatives'):
+        torch.autograd.grad(g.pow(2).sum(), w, create_graph=True)
+
 
 def in_new_process(code, cache, **env):
-    return subprocess.run([sys.executable, '-W', 'always', '-c', 'import torch; from fewshotmeta.all import *\n' + code], capture_output=True, text=True,
-                          env=os.environ | dict(FEWSHOTMETA_CACHE=str(cache)) | env)
+    return subprocess.run(
+        [
+            sys.executable,
+            '-W',
+            'always',
+            '-c',
+            'import torch; from fewshotmeta.all import *\n' + code,
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(FEWSHOTMETA_CACHE=str(cache)) | env,
+    )
+
 
 ASK = 'x = torch.ones(1, 5, 1, 28, 28); print(conv4()(conv4().init(torch.Generator().manual_seed(0)), x)[0].shape, fusable(x, 64), fusable(x, 64))'
 
-@pytest.mark.parametrize('env,said', [(dict(CC='no-such-compiler -m64'), "no C compiler 'no-such-compiler'"), (dict(FEWSHOTMETA_KERNELS='torch'), '')])
+
+@pytest.mark.parametrize(
+    'env,said',
+    [
+        (dict(CC='no-such-compiler -m64'), "no C compiler 'no-such-compiler'"),
+        (dict(FEWSHOTMETA_KERNELS='torch'), ''),
+    ],
+)
 def test_without_a_compiler(tmp_path, env, said):
     done = in_new_process(ASK, tmp_path, **env)
-    assert done.stdout.strip() == 'torch.Size([1, 5, 64]) False False' and not list(tmp_path.rglob('*.so'))
+    assert done.stdout.strip() == 'torch.Size([1, 5, 64]) False False' and not list(
+        tmp_path.rglob('*.so')
+    )
     assert done.stderr.count(said) == 1 if said else not done.stderr
 
+
 def test_a_wrong_wish_is_refused(tmp_path):
-    assert 'FEWSHOTMETA_KERNELS=off: choose one of torch, fused' in in_new_process(ASK, tmp_path, FEWSHOTMETA_KERNELS='off').stderr
+    assert (
+        'FEWSHOTMETA_KERNELS=off: choose one of torch, fused'
+        in in_new_process(ASK, tmp_path, FEWSHOTMETA_KERNELS='off').stderr
+    )
+
 
 def test_a_compiler_that_fails_is_quoted_once(tmp_path):
-    cc = tmp_path/'cc'; cc.write_text('#!/bin/sh\necho "error: out of electrons" >&2; exit 1\n'); cc.chmod(0o755)
-    done = in_new_process(ASK, tmp_path/'cache', CC=str(cc))
-    assert 'False False' in done.stdout and done.stderr.count('out of electrons') == 1 and not list((tmp_path/'cache').rglob('*.*'))
+    cc = tmp_path / 'cc'
+    cc.write_text('#!/bin/sh\necho "error: out of electrons" >&2; exit 1\n')
+    cc.chmod(0o755)
+    done = in_new_process(ASK, tmp_path / 'cache', CC=str(cc))
+    assert (
+        'False False' in done.stdout
+        and done.stderr.count('out of electrons') == 1
+        and not list((tmp_path / 'cache').rglob('*.*'))
+    )
+
 
 def test_a_cache_that_cannot_be_written(read_only):
-    done = in_new_process(ASK, read_only/'cache')
+    done = in_new_process(ASK, read_only / 'cache')
     assert 'False False' in done.stdout and 'could not be compiled' in done.stderr
+
 
 def test_compiled_once_by_many_at_once(tmp_path):
     code = 'from concurrent.futures import ThreadPoolExecutor\nprint(len(set(ThreadPoolExecutor(4).map(library, [torch.float64]*4))))'
     outs = []
-    threads = [threading.Thread(target=lambda: outs.append(in_new_process(code, tmp_path))) for _ in range(3)]
-    for t in threads: t.start()
-    for t in threads: t.join()
-    assert [o.stdout.strip() for o in outs] == ['1']*3 and len(list((tmp_path/'kernels').iterdir())) == 1
+    threads = [
+        threading.Thread(target=lambda: outs.append(in_new_process(code, tmp_path)))
+        for _ in range(3)
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert [o.stdout.strip() for o in outs] == ['1'] * 3 and len(
+        list((tmp_path / 'kernels').iterdir())
+    ) == 1
 
-@pytest.mark.parametrize('view', [lambda x: x.rot90(1, (3, 4)), lambda x: x[..., 2:-2, 2:-2], lambda x: x[:, :1].expand(1, 5, 1, 20, 20), lambda x: x.transpose(3, 4), lambda x: x.flip(1)[:, ::2]])
+
+@pytest.mark.parametrize(
+    'view',
+    [
+        lambda x: x.rot90(1, (3, 4)),
+        lambda x: x[..., 2:-2, 2:-2],
+        lambda x: x[:, :1].expand(1, 5, 1, 20, 20),
+        lambda x: x.transpose(3, 4),
+        lambda x: x.flip(1)[:, ::2],
+    ],
+)
 @pytest.mark.parametrize('channels', [1, 3])
 def test_views_of_images_are_read_as_they_look(view, channels):
     x = torch.rand(1, 5, channels, 20, 20)
-    if channels == 3 and view(x[:, :, :1]).shape[1] == 5 and view(x[:, :, :1]).stride()[1] == 0: x = x[:, :1].expand(1, 5, 3, 20, 20)
-    else: x = view(x)
+    if channels == 3 and view(x[:, :, :1]).shape[1] == 5 and view(x[:, :, :1]).stride()[1] == 0:
+        x = x[:, :1].expand(1, 5, 3, 20, 20)
+    else:
+        x = view(x)
     w, b = torch.randn(16, channels, 3, 3), torch.zeros(16)
     assert torch.allclose(fused_block(x, w, None, b)[0], fused_block(x.contiguous(), w, None, b)[0])
-    assert torch.allclose(fused_block(x, w, None, b)[0][0], plain(x[0], w, torch.ones(16), b, 0., 1, True), atol=1e-4)
+    assert torch.allclose(
+        fused_block(x, w, None, b)[0][0], plain(x[0], w, torch.ones(16), b, 0.0, 1, True), atol=1e-4
+    )
+
 
 @pytest.mark.parametrize('channels', [1, 3])
 def test_images_may_have_a_gradient(channels):
     torch.manual_seed(0)
-    x, w, b = torch.rand(1, 3, channels, 9, 9, dtype=torch.float64, requires_grad=True), torch.randn(8, channels, 3, 3, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
-    ours, = torch.autograd.grad(fused_block(x, w, None, b)[0].square().sum(), x)
-    theirs, = torch.autograd.grad(plain(x[0], w, torch.ones(8).double(), b, 0., 1, True).square().sum(), x)
+    x, w, b = (
+        torch.rand(1, 3, channels, 9, 9, dtype=torch.float64, requires_grad=True),
+        torch.randn(8, channels, 3, 3, dtype=torch.float64),
+        torch.zeros(8, dtype=torch.float64),
+    )
+    (ours,) = torch.autograd.grad(fused_block(x, w, None, b)[0].square().sum(), x)
+    (theirs,) = torch.autograd.grad(
+        plain(x[0], w, torch.ones(8).double(), b, 0.0, 1, True).square().sum(), x
+    )
     assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-10)
+
 
 def test_smooth_images_and_filters_that_sum_to_zero():
     "Where sums cancel: float32 stays near its float64."
-    line = torch.linspace(.8, .9, 28)
-    x = (line[:, None] + line)[None, None, None].expand(1, 25, 1, 28, 28) + 1e-3*torch.rand(1, 25, 1, 28, 28)
-    w = torch.randn(16, 1, 3, 3); w = w - w.mean((2, 3), keepdim=True)
-    a, e = fused_block(x, w, None, torch.zeros(16))[0], fused_block(x.double(), w.double(), None, torch.zeros(16).double())[0]
-    assert (a - e).norm() < 5e-3*e.norm()
+    line = torch.linspace(0.8, 0.9, 28)
+    x = (line[:, None] + line)[None, None, None].expand(1, 25, 1, 28, 28) + 1e-3 * torch.rand(
+        1, 25, 1, 28, 28
+    )
+    w = torch.randn(16, 1, 3, 3)
+    w = w - w.mean((2, 3), keepdim=True)
+    a, e = (
+        fused_block(x, w, None, torch.zeros(16))[0],
+        fused_block(x.double(), w.double(), None, torch.zeros(16).double())[0],
+    )
+    assert (a - e).norm() < 5e-3 * e.norm()
 
-@pytest.mark.parametrize('change,message', [(dict(w=torch.rand(4, 16, 1, 3, 3)), 'weights of 4 tasks for activations of 1'), (dict(w=torch.rand(16, 2, 3, 3)), r'expected \(16, 1, 3, 3\)'),
-                                            (dict(w=torch.rand(16, 1, 5, 5)), r'expected \(16, 1, 3, 3\)'), (dict(beta=torch.zeros(16).double()), 'beta is torch.float64'), (dict(beta=torch.zeros(5)), r'beta of shape \(5,\): expected \(16,\)'),
-                                            (dict(gamma=torch.zeros(17)), r'gamma of shape \(17,\): expected \(16,\)'), (dict(x=torch.rand(3, 2, 1, 8, 8), gamma=torch.zeros(2, 16)), r'gamma of shape \(2, 16\): expected \(16,\), or \(3, 16\) for one a task')])
+
+@pytest.mark.parametrize(
+    'change,message',
+    [
+        (dict(w=torch.rand(4, 16, 1, 3, 3)), 'weights of 4 tasks for activations of 1'),
+        (dict(w=torch.rand(16, 2, 3, 3)), r'expected \(16, 1, 3, 3\)'),
+        (dict(w=torch.rand(16, 1, 5, 5)), r'expected \(16, 1, 3, 3\)'),
+        (dict(beta=torch.zeros(16).double()), 'beta is torch.float64'),
+        (dict(beta=torch.zeros(5)), r'beta of shape \(5,\): expected \(16,\)'),
+        (dict(gamma=torch.zeros(17)), r'gamma of shape \(17,\): expected \(16,\)'),
+        (
+            dict(x=torch.rand(3, 2, 1, 8, 8), gamma=torch.zeros(2, 16)),
+            r'gamma of shape \(2, 16\): expected \(16,\), or \(3, 16\) for one a task',
+        ),
+    ],
+)
 def test_what_does_not_fit_never_reaches_c(change, message):
-    given = dict(x=torch.rand(1, 2, 1, 8, 8), w=torch.rand(16, 1, 3, 3), gamma=None, beta=torch.zeros(16)) | change
-    with pytest.raises(ValueError, match=message): fused_block(**given)
+    given = (
+        dict(
+            x=torch.rand(1, 2, 1, 8, 8), w=torch.rand(16, 1, 3, 3), gamma=None, beta=torch.zeros(16)
+        )
+        | change
+    )
+    with pytest.raises(ValueError, match=message):
+        fused_block(**given)
+
 
 def test_no_images_are_not_for_c():
     assert not fusable(torch.rand(1, 0, 1, 8, 8), 16)
-    m = MAML(conv4(size=16, filters=16), 3, .1)
+    m = MAML(conv4(size=16, filters=16), 3, 0.1)
     fast = m.adapt(torch.rand(1, 3, 1, 16, 16), torch.arange(3)[None])
-    with pytest.raises(RuntimeError, match='at least one element'): m.predict(fast, torch.rand(1, 0, 1, 16, 16))       # PyTorch's own refusal
+    with pytest.raises(RuntimeError, match='at least one element'):
+        m.predict(fast, torch.rand(1, 0, 1, 16, 16))  # PyTorch's own refusal
+
 
 TRAIN = """
 import hashlib, sys
@@ -162,6 +359,9 @@ m = fit(mamlpp(conv4(size=16, filters=16), 5, 3), train, 6, meta_batch=5, progre
 print(fusable(torch.ones(1, 1, 1, 16, 16), 16), hashlib.sha256(b''.join(v.detach().numpy().tobytes() for v in m.theta.values())).hexdigest())
 """
 
+
 def test_the_same_bytes_in_every_process_and_with_any_number_of_workers(tmp_path):
-    outs = {in_new_process(TRAIN, tmp_path, FEWSHOTMETA_WORKERS=str(n)).stdout for n in (2, 2, 1, 3)}
+    outs = {
+        in_new_process(TRAIN, tmp_path, FEWSHOTMETA_WORKERS=str(n)).stdout for n in (2, 2, 1, 3)
+    }
     assert len(outs) == 1 and outs.pop().startswith('True ')

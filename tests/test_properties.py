@@ -1,56 +1,107 @@
 """Properties, with inputs that nobody thought of."""
+
 import json, string
 from pathlib import Path
 import nbformat, pytest, torch, yaml
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from conftest import full
-from fewshotmeta.batches import BadBatch, read_batch
-from fewshotmeta.data import ImageBank
-from fewshotmeta.episodes import EpisodeSampler
-from fewshotmeta.files import BadFile, read_json, seal, unseal, write_json
-from fewshotmeta.runs import BadParameters, read_parameters, merge_parameters, parse_value, default_name, _split_name
-from fewshotmeta.training import SCHEDULES, Cosine, MultiStep
+from fewshotmeta.lab.batches import BadBatch, read_batch
+from fewshotmeta.data.banks import ImageBank
+from fewshotmeta.data.episodes import EpisodeSampler
+from fewshotmeta.data.files import BadFile, read_json, seal, unseal, write_json
+from fewshotmeta.lab.runs import (
+    BadParameters,
+    read_parameters,
+    merge_parameters,
+    parse_value,
+    default_name,
+    split_name,
+)
+from fewshotmeta.training.fit import SCHEDULES, Cosine, MultiStep
 
-often = settings(max_examples=1000 if full() else 60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-plain = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20), lambda s: st.lists(s, max_size=4) | st.dictionaries(st.text(max_size=8), s, max_size=4), max_leaves=12)
-literal = st.booleans() | st.integers(-10**6, 10**6) | st.floats(-1e6, 1e6) | st.text(string.printable, max_size=12) | st.lists(st.integers(-9, 9), max_size=3)
-name = st.from_regex(r'[a-z_][a-z0-9_]{0,8}', fullmatch=True).filter(lambda s: not __import__('keyword').iskeyword(s))
+often = settings(
+    max_examples=1000 if full() else 60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda s: st.lists(s, max_size=4) | st.dictionaries(st.text(max_size=8), s, max_size=4),
+    max_leaves=12,
+)
+literal = (
+    st.booleans()
+    | st.integers(-(10**6), 10**6)
+    | st.floats(-1e6, 1e6)
+    | st.text(string.printable, max_size=12)
+    | st.lists(st.integers(-9, 9), max_size=3)
+)
+name = st.from_regex(r'[a-z_][a-z0-9_]{0,8}', fullmatch=True).filter(
+    lambda s: not __import__('keyword').iskeyword(s)
+)
+
 
 # ---- episodes
 @often
-@given(classes=st.integers(2, 12), per=st.integers(3, 9), n_way=st.integers(2, 6), k_shot=st.integers(1, 3), n_query=st.integers(1, 3), seed=st.integers(0, 2**32), i=st.integers(0, 10**9))
+@given(
+    classes=st.integers(2, 12),
+    per=st.integers(3, 9),
+    n_way=st.integers(2, 6),
+    k_shot=st.integers(1, 3),
+    n_query=st.integers(1, 3),
+    seed=st.integers(0, 2**32),
+    i=st.integers(0, 10**9),
+)
 def test_an_episode_is_what_it_should_be(classes, per, n_way, k_shot, n_query, seed, i):
     "Different classes, different images, labels 0 … n_way-1, the same again; too much asked is refused."
-    images = torch.arange(classes*per, dtype=torch.int64)
+    images = torch.arange(classes * per, dtype=torch.int64)
     pixels = (images[:, None, None, None].expand(-1, 1, 2, 2) % 256).to(torch.uint8).contiguous()
-    bank = ImageBank(pixels, range(0, classes*per, per), [per]*classes, [f'c{c}' for c in range(classes)])
+    bank = ImageBank(
+        pixels, range(0, classes * per, per), [per] * classes, [f'c{c}' for c in range(classes)]
+    )
     if n_way > classes or k_shot + n_query > per:
-        with pytest.raises(ValueError): EpisodeSampler(bank, n_way, k_shot, n_query, seed=seed)
+        with pytest.raises(ValueError):
+            EpisodeSampler(bank, n_way, k_shot, n_query, seed=seed)
         return
     s = EpisodeSampler(bank, n_way, k_shot, n_query, seed=seed)
-    ep, again = s[i:i + 2], EpisodeSampler(bank, n_way, k_shot, n_query, seed=seed)[i:i + 2]
+    ep, again = s[i : i + 2], EpisodeSampler(bank, n_way, k_shot, n_query, seed=seed)[i : i + 2]
     assert torch.equal(ep.xs, again.xs) and torch.equal(ep.xq, again.xq)
-    assert torch.equal(s[i + 1].xs, ep.xs[1])                                                   # one alone is the one of many
+    assert torch.equal(s[i + 1].xs, ep.xs[1])  # one alone is the one of many
     for t in range(2):
-        which = lambda x: (x[t, :, 0, 0, 0]*255).round().long() if x.max() <= 1 else x[t, :, 0, 0, 0].long()
+
+        def which(x):
+            return (
+                (x[t, :, 0, 0, 0] * 255).round().long() if x.max() <= 1 else x[t, :, 0, 0, 0].long()
+            )
+
         xs, xq, ys, yq = which(ep.xs), which(ep.xq), ep.ys[t], ep.yq[t]
-        assert sorted(ys.tolist()) == sorted(list(range(n_way))*k_shot) and sorted(yq.tolist()) == sorted(list(range(n_way))*n_query)
-        assert len(set(xs.tolist() + xq.tolist())) == n_way*(k_shot + n_query)                  # no image twice
-        of = {y: c for y, c in zip(ys.tolist(), (xs//per).tolist())}
-        assert len(set(of.values())) == n_way and all(of[y] == c for y, c in zip(yq.tolist(), (xq//per).tolist()))
+        assert sorted(ys.tolist()) == sorted(list(range(n_way)) * k_shot) and sorted(
+            yq.tolist()
+        ) == sorted(list(range(n_way)) * n_query)
+        assert len(set(xs.tolist() + xq.tolist())) == n_way * (k_shot + n_query)  # no image twice
+        of = {y: c for y, c in zip(ys.tolist(), (xs // per).tolist())}
+        assert len(set(of.values())) == n_way and all(
+            of[y] == c for y, c in zip(yq.tolist(), (xq // per).tolist())
+        )
+
 
 # ---- schedules
 @often
-@given(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True), st.floats(.001, 1))
+@given(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True), st.floats(0.001, 1))
 def test_schedules_fall_and_stay_positive(a, b, final):
     a, b = sorted((a, b))
-    for f in (*SCHEDULES.values(), Cosine(final), MultiStep((final/2,), final)): assert 0 < f(b) <= f(a) + 1e-12 <= 1 + 1e-9
+    for f in (*SCHEDULES.values(), Cosine(final), MultiStep((final / 2,), final)):
+        assert 0 < f(b) <= f(a) + 1e-12 <= 1 + 1e-9
+
 
 # ---- parameters
 def notebook(folder, source):
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]); nb.cells[0].metadata['tags'] = ['parameters']
-    path = Path(folder)/'exp.ipynb'; nbformat.write(nb, path)
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    nb.cells[0].metadata['tags'] = ['parameters']
+    path = Path(folder) / 'exp.ipynb'
+    nbformat.write(nb, path)
     return path
+
 
 @often
 @given(st.dictionaries(name, literal, min_size=1, max_size=5), st.data())
@@ -58,13 +109,19 @@ def test_parameters_come_back_as_they_were(tmp_path, values, data):
     "What is written in the cell is read; every value, given as text, is understood as itself; another type is refused."
     nb = notebook(tmp_path, '\n'.join(f'{k} = {v!r}  # about {k}' for k, v in values.items()))
     known = read_parameters(nb)
-    assert {k: p.default for k, p in known.items()} == values and merge_parameters(known, {}) == values
+    assert {k: p.default for k, p in known.items()} == values and merge_parameters(
+        known, {}
+    ) == values
     for k, v in values.items():
         assert parse_value(known[k], str(v)) == v
         other = data.draw(literal)
-        try: got = merge_parameters(known, {k: other})[k]
-        except BadParameters as e: assert type(other) is not type(v) and k in str(e)
-        else: assert type(got) is type(v) and got == other
+        try:
+            got = merge_parameters(known, {k: other})[k]
+        except BadParameters as e:
+            assert type(other) is not type(v) and k in str(e)
+        else:
+            assert type(got) is type(v) and got == other
+
 
 @often
 @given(st.text(max_size=80))
@@ -72,71 +129,133 @@ def test_parameters_come_back_as_they_were(tmp_path, values, data):
 @example('x = __import__("os").system("touch pwned")')
 def test_no_parameters_cell_is_executed(tmp_path, source):
     "Any text: parameters or a clear refusal, and nothing happens."
-    try: read_parameters(notebook(tmp_path, source))
-    except BadParameters: pass
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['exp.ipynb'] and not Path('pwned').exists()
+    try:
+        read_parameters(notebook(tmp_path, source))
+    except BadParameters:
+        pass
+    assert (
+        sorted(p.name for p in tmp_path.iterdir()) == ['exp.ipynb'] and not Path('pwned').exists()
+    )
+
 
 @often
 @given(st.text(max_size=40))
 def test_names_stay_inside(text):
-    try: experiment, slug = _split_name(text, 'stem')
-    except BadParameters: return
-    assert all(part and not part.startswith('.') and not set(part) & set('/\\\0 ') for part in (experiment, slug))
+    try:
+        experiment, slug = split_name(text, 'stem')
+    except BadParameters:
+        return
+    assert all(
+        part and not part.startswith('.') and not set(part) & set('/\\\0 ')
+        for part in (experiment, slug)
+    )
+
 
 @often
 @given(st.dictionaries(name, plain, max_size=4))
-def test_default_names_are_names(values): assert _split_name(default_name(values), 'stem')
+def test_default_names_are_names(values):
+    assert split_name(default_name(values), 'stem')
+
 
 # ---- JSON and YAML
 @often
 @given(st.dictionaries(st.text(max_size=8), plain, max_size=6), st.data())
 def test_sealed_values(tmp_path, values, data):
     "What is sealed and written is read again, and any other value under the same seal is refused."
-    path = tmp_path/'x.json'
+    path = tmp_path / 'x.json'
     write_json(path, values)
     want = {k: v for k, v in values.items() if k != 'sha256'}
     assert read_json(path) == json.loads(json.dumps(want))
     other = data.draw(st.dictionaries(st.text(max_size=8), plain, max_size=6))
-    if json.dumps({k: v for k, v in other.items() if k != 'sha256'}, sort_keys=True) != json.dumps(want, sort_keys=True):
-        with pytest.raises(BadFile): unseal(other | dict(sha256=seal(values)['sha256']), '')
+    if json.dumps({k: v for k, v in other.items() if k != 'sha256'}, sort_keys=True) != json.dumps(
+        want, sort_keys=True
+    ):
+        with pytest.raises(BadFile):
+            unseal(other | dict(sha256=seal(values)['sha256']), '')
+
 
 @often
 @given(st.binary(max_size=200))
 def test_any_bytes_are_no_result(tmp_path, data):
-    (tmp_path/'x.json').write_bytes(data)
-    with pytest.raises(BadFile): read_json(tmp_path/'x.json')
+    (tmp_path / 'x.json').write_bytes(data)
+    with pytest.raises(BadFile):
+        read_json(tmp_path / 'x.json')
+
 
 def a_batch(tmp_path, text):
-    if not (tmp_path/'exp.ipynb').exists(): notebook(tmp_path, 'x = 1\nlr = 0.1\nname = "a"\nseed = 0\nscale = "smoke"')
-    (tmp_path/'b.yaml').write_text(text, encoding='utf-8')
-    return tmp_path/'b.yaml'
+    if not (tmp_path / 'exp.ipynb').exists():
+        notebook(tmp_path, 'x = 1\nlr = 0.1\nname = "a"\nseed = 0\nscale = "smoke"')
+    (tmp_path / 'b.yaml').write_text(text, encoding='utf-8')
+    return tmp_path / 'b.yaml'
+
 
 @often
 @given(st.text(max_size=120) | plain.map(lambda v: yaml.safe_dump(v)))
 @example('!!python/object/apply:os.system ["touch pwned"]')
 @example('experiment: exp.ipynb\nruns: !!python/name:os.system')
-@example('experiment: exp.ipynb\nruns: {a: !!python/object/new:subprocess.Popen [["touch", "pwned"]]}')
+@example(
+    'experiment: exp.ipynb\nruns: {a: !!python/object/new:subprocess.Popen [["touch", "pwned"]]}'
+)
 @example('a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]')
 def test_any_text_is_a_batch_or_refused(tmp_path, text):
     "Nothing is executed, nothing is written, the error is ours."
-    try: text.encode()
-    except UnicodeEncodeError: return
-    try: read_batch(a_batch(tmp_path, text), runs=tmp_path/'runs')
-    except BadBatch as e: assert str(e)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['b.yaml', 'exp.ipynb'] and not Path('pwned').exists()
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return
+    try:
+        read_batch(a_batch(tmp_path, text), runs=tmp_path / 'runs')
+    except BadBatch as e:
+        assert str(e)
+    assert (
+        sorted(p.name for p in tmp_path.iterdir()) == ['b.yaml', 'exp.ipynb']
+        and not Path('pwned').exists()
+    )
+
 
 keys = st.sampled_from(['x', 'lr', 'name', 'seed', 'scale', 'y', 'scales'])
+
+
 @often
-@given(st.fixed_dictionaries(dict(experiment=st.just('exp.ipynb'), runs=st.dictionaries(name, st.dictionaries(keys, plain, max_size=3), min_size=1, max_size=3)), optional=dict(common=st.dictionaries(keys, plain, max_size=2), scales=st.dictionaries(st.sampled_from(['smoke', 'short', 'paper', 'tiny']), st.dictionaries(keys, plain, max_size=2), max_size=2))))
+@given(
+    st.fixed_dictionaries(
+        dict(
+            experiment=st.just('exp.ipynb'),
+            runs=st.dictionaries(
+                name, st.dictionaries(keys, plain, max_size=3), min_size=1, max_size=3
+            ),
+        ),
+        optional=dict(
+            common=st.dictionaries(keys, plain, max_size=2),
+            scales=st.dictionaries(
+                st.sampled_from(['smoke', 'short', 'paper', 'tiny']),
+                st.dictionaries(keys, plain, max_size=2),
+                max_size=2,
+            ),
+        ),
+    )
+)
 def test_a_batch_that_is_accepted_can_be_run(tmp_path, doc):
     "Whatever is in the entries: each run has a name of its own and all parameters, of the right types; or the file is refused."
-    try: runs = read_batch(a_batch(tmp_path, yaml.safe_dump(doc)), runs=tmp_path/'runs')
-    except BadBatch as e: assert str(tmp_path/'b.yaml') in str(e); return
+    try:
+        runs = read_batch(a_batch(tmp_path, yaml.safe_dump(doc)), runs=tmp_path / 'runs')
+    except BadBatch as e:
+        assert str(tmp_path / 'b.yaml') in str(e)
+        return
     assert len({p.name for p in runs}) == len(runs)
-    for p in runs: assert {k: type(v) for k, v in p.params.items()} == dict(x=int, lr=float, name=str, seed=int, scale=str) and _split_name(p.name, '')
+    for p in runs:
+        assert {k: type(v) for k, v in p.params.items()} == dict(
+            x=int, lr=float, name=str, seed=int, scale=str
+        ) and split_name(p.name, '')
+
 
 @often
 @given(st.lists(st.integers(-5, 10**9), min_size=1, max_size=6, unique=True))
 def test_seeds_expand(tmp_path, seeds):
-    runs = read_batch(a_batch(tmp_path, yaml.safe_dump(dict(experiment='exp.ipynb', runs=dict(a=dict(seed=seeds))))), runs=tmp_path/'runs')
+    runs = read_batch(
+        a_batch(
+            tmp_path, yaml.safe_dump(dict(experiment='exp.ipynb', runs=dict(a=dict(seed=seeds))))
+        ),
+        runs=tmp_path / 'runs',
+    )
     assert [p.params['seed'] for p in runs] == seeds

@@ -1,104 +1,234 @@
 """Written so that they can fail, and often enough to mean something: `make reliability` runs them at full length, CI a part."""
+
 import json, os, random, subprocess, sys
 import pytest, torch
 from conftest import ROOT, full, mounted
-from fewshotmeta.backbones import conv4
-from fewshotmeta.data import BadBank, ImageBank, load_bank, save_bank
-from fewshotmeta.episodes import EpisodeSampler
-from fewshotmeta.files import BadFile, read_json, write_json
-from fewshotmeta.hidra import hidra
-from fewshotmeta.hypermaml import HyperMAML, anyway_hypermaml
-from fewshotmeta.maml import MAML
-from fewshotmeta.mamlpp import mamlpp, meta_sgd
-from fewshotmeta.reptile import Reptile
-from fewshotmeta.training import BadCheckpoint, fit, read_checkpoint
+from fewshotmeta.learners.backbones import conv4
+from fewshotmeta.data.banks import BadBank, ImageBank, load_bank, save_bank
+from fewshotmeta.data.episodes import EpisodeSampler
+from fewshotmeta.data.files import BadFile, read_json, write_json
+from fewshotmeta.learners.hidra import hidra
+from fewshotmeta.learners.hypermaml import HyperMAML, anyway_hypermaml
+from fewshotmeta.learners.maml import MAML
+from fewshotmeta.learners.mamlpp import mamlpp, meta_sgd
+from fewshotmeta.learners.reptile import Reptile
+from fewshotmeta.training.checkpoints import BadCheckpoint, read_checkpoint
+from fewshotmeta.training.fit import fit
+
 
 # ---- 1. killed at random moments
 def test_killed_at_random_moments(tmp_path, record):
     "SIGKILL while a bank is built, while it trains, while a checkpoint and a result are written; each time continued, in the end the same bytes."
     jobs = 30 if full() else 3
-    out = subprocess.run([sys.executable, str(ROOT/'tests'/'crash.py'), str(tmp_path), str(jobs), '0'], capture_output=True, text=True, timeout=1500)
+    out = subprocess.run(
+        [sys.executable, str(ROOT / 'tests' / 'crash.py'), str(tmp_path), str(jobs), '0'],
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
     assert not out.returncode, out.stderr[-2000:]
     seen = json.loads(out.stdout)
-    assert seen['identical'] == jobs and seen['resumed'] == seen['kills'] >= (100 if full() else 6) and len(seen['where']) >= (4 if full() else 2)
-    record('SIGKILL at random moments: ' + ', '.join(f'{v} {k}' for k, v in seen['where'].items()), kills=seen['kills'], resumed=seen['resumed'], trainings=jobs, identical=seen['identical'])
+    assert (
+        seen['identical'] == jobs
+        and seen['resumed'] == seen['kills'] >= (100 if full() else 6)
+        and len(seen['where']) >= (4 if full() else 2)
+    )
+    record(
+        'SIGKILL at random moments: ' + ', '.join(f'{v} {k}' for k, v in seen['where'].items()),
+        kills=seen['kills'],
+        resumed=seen['resumed'],
+        trainings=jobs,
+        identical=seen['identical'],
+    )
+
 
 # ---- 2. damaged files
 def damaged(whole, header, rng):
     "The file cut at every kilobyte, and with one byte changed: in every kilobyte, and at many places of its first `header` bytes."
-    for cut in range(0, len(whole), 1024): yield f'cut at {cut}', whole[:cut]
-    at = [rng.randrange(k, min(k + 1024, len(whole))) for k in range(0, len(whole), 1024)] + rng.sample(range(header), min(header, 600 if full() else 120))
-    for i in at: yield f'byte {i} changed', whole[:i] + bytes([whole[i] ^ rng.randint(1, 255)]) + whole[i + 1:]
+    for cut in range(0, len(whole), 1024):
+        yield f'cut at {cut}', whole[:cut]
+    at = [
+        rng.randrange(k, min(k + 1024, len(whole))) for k in range(0, len(whole), 1024)
+    ] + rng.sample(range(header), min(header, 600 if full() else 120))
+    for i in at:
+        yield (
+            f'byte {i} changed',
+            whole[:i] + bytes([whole[i] ^ rng.randint(1, 255)]) + whole[i + 1 :],
+        )
+
 
 def try_all(path, read, error, same, header):
     "Each damaged version is refused by name, or reads as what was stored (a blank in the padding). Cases, refused."
     whole, rng = path.read_bytes(), random.Random(0)
     cases = refused = 0
     for what, data in damaged(whole, header, rng):
-        path.write_bytes(data); cases += 1
-        try: got = read(path)
-        except error as e: refused += 1; assert path.name in str(e), (what, e)
-        else: assert same(got), what
+        path.write_bytes(data)
+        cases += 1
+        try:
+            got = read(path)
+        except error as e:
+            refused += 1
+            assert path.name in str(e), (what, e)
+        else:
+            assert same(got), what
     path.write_bytes(whole)
     assert same(read(path))
     return dict(damaged=cases, refused=refused, read_as_stored=cases - refused)
 
+
 def test_damaged_checkpoints(tmp_path, noise_bank, record):
-    fit(MAML(conv4(size=16, filters=8), 5, inner_lr=.1), EpisodeSampler(noise_bank, 5, 1, 2), 2, meta_batch=2, checkpoint=tmp_path, log_every=1, progress=False)
+    fit(
+        MAML(conv4(size=16, filters=8), 5, inner_lr=0.1),
+        EpisodeSampler(noise_bank, 5, 1, 2),
+        2,
+        meta_batch=2,
+        checkpoint=tmp_path,
+        log_every=1,
+        progress=False,
+    )
     head, tensors = read_checkpoint(tmp_path)
-    def same(got): return got[0] == head and set(got[1]) == set(tensors) and all(torch.equal(got[1][k], v) and got[1][k].dtype == v.dtype for k, v in tensors.items())
-    found = try_all(tmp_path/'checkpoint.safetensors', lambda p: read_checkpoint(p.parent), BadCheckpoint, same, 8_000)
-    assert found['refused'] > .97*found['damaged']
+
+    def same(got):
+        return (
+            got[0] == head
+            and set(got[1]) == set(tensors)
+            and all(
+                torch.equal(got[1][k], v) and got[1][k].dtype == v.dtype for k, v in tensors.items()
+            )
+        )
+
+    found = try_all(
+        tmp_path / 'checkpoint.safetensors',
+        lambda p: read_checkpoint(p.parent),
+        BadCheckpoint,
+        same,
+        8_000,
+    )
+    assert found['refused'] > 0.97 * found['damaged']
     record('checkpoints cut or with a changed byte', **found)
 
+
 def test_damaged_banks(tmp_path, record):
-    images = torch.randint(0, 256, (200, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    bank = ImageBank(images, range(0, 200, 20), [20]*10, [f'class{i}' for i in range(10)], name='noise')
-    save_bank(bank, tmp_path/'noise.safetensors', dict(set='noise'))
-    def same(got): return got.digest == bank.digest and got.name == bank.name and got.images.dtype == torch.uint8 and got.classes == bank.classes and (got.start == bank.start).all()
-    found = try_all(tmp_path/'noise.safetensors', lambda p: load_bank(p, dict(set='noise')), BadBank, same, 1_500)
-    assert found['refused'] > .97*found['damaged']
+    images = torch.randint(
+        0, 256, (200, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    bank = ImageBank(
+        images, range(0, 200, 20), [20] * 10, [f'class{i}' for i in range(10)], name='noise'
+    )
+    save_bank(bank, tmp_path / 'noise.safetensors', dict(set='noise'))
+
+    def same(got):
+        return (
+            got.digest == bank.digest
+            and got.name == bank.name
+            and got.images.dtype == torch.uint8
+            and got.classes == bank.classes
+            and (got.start == bank.start).all()
+        )
+
+    found = try_all(
+        tmp_path / 'noise.safetensors',
+        lambda p: load_bank(p, dict(set='noise')),
+        BadBank,
+        same,
+        1_500,
+    )
+    assert found['refused'] > 0.97 * found['damaged']
     record('banks cut or with a changed byte', **found)
 
+
 def test_damaged_results(tmp_path, record):
-    some = sorted((ROOT/'runs').glob('*/*/result.json'))[0]
+    some = sorted((ROOT / 'runs').glob('*/*/result.json'))[0]
     stored = read_json(some)
-    write_json(tmp_path/'result.json', stored)
-    found = try_all(tmp_path/'result.json', read_json, BadFile, lambda got: got == stored, len(some.read_bytes()) - 2)
+    write_json(tmp_path / 'result.json', stored)
+    found = try_all(
+        tmp_path / 'result.json',
+        read_json,
+        BadFile,
+        lambda got: got == stored,
+        len(some.read_bytes()) - 2,
+    )
     record('result JSON cut or with a changed byte', **found)
+
 
 def test_disk_full_at_every_size(tmp_path, noise_bank, record):
     "A training on ever larger disks that are too small: refused by name, what is there is whole, and with room again it ends in the same bytes."
     tasks = EpisodeSampler(noise_bank, 5, 1, 2)
-    def go(folder): return fit(MAML(conv4(size=16, filters=4), 5, inner_lr=.1), tasks, 6, meta_batch=2, checkpoint=folder, save_every=1, log_every=1, valid=tasks, valid_tasks=2, valid_every=2, select='top_3', progress=False)
-    go(tmp_path/'undisturbed')
-    want, sizes, refused = read_checkpoint(tmp_path/'undisturbed')[0]['tensors'], list(range(8, 100, 8 if full() else 24)), 0
+
+    def go(folder):
+        return fit(
+            MAML(conv4(size=16, filters=4), 5, inner_lr=0.1),
+            tasks,
+            6,
+            meta_batch=2,
+            checkpoint=folder,
+            save_every=1,
+            log_every=1,
+            valid=tasks,
+            valid_tasks=2,
+            valid_every=2,
+            select='top_3',
+            progress=False,
+        )
+
+    go(tmp_path / 'undisturbed')
+    want, sizes, refused = (
+        read_checkpoint(tmp_path / 'undisturbed')[0]['tensors'],
+        list(range(8, 100, 8 if full() else 24)),
+        0,
+    )
     for kb in sizes:
-        for disk in mounted(tmp_path/f'disk{kb}', f'size={kb}k'):
-            try: go(disk/'run')
-            except OSError as e: refused += 1; assert 'no space left to write' in str(e) and str(disk) in str(e), e
-            if (disk/'run'/'checkpoint.safetensors').exists(): read_checkpoint(disk/'run')
-            assert not list((disk/'run').glob('.checkpoint*partial'))
+        for disk in mounted(tmp_path / f'disk{kb}', f'size={kb}k'):
+            try:
+                go(disk / 'run')
+            except OSError as e:
+                refused += 1
+                assert 'no space left to write' in str(e) and str(disk) in str(e), e
+            if (disk / 'run' / 'checkpoint.safetensors').exists():
+                read_checkpoint(disk / 'run')
+            assert not list((disk / 'run').glob('.checkpoint*partial'))
             subprocess.run(['mount', '-o', 'remount,size=1m', str(disk)], check=True)
-            go(disk/'run')
-            assert read_checkpoint(disk/'run')[0]['tensors'] == want
-    assert refused >= len(sizes)//2
-    record('disk full while training, then with room again', disks=len(sizes), refused_by_name=refused, identical_in_the_end=len(sizes))
+            go(disk / 'run')
+            assert read_checkpoint(disk / 'run')[0]['tensors'] == want
+    assert refused >= len(sizes) // 2
+    record(
+        'disk full while training, then with room again',
+        disks=len(sizes),
+        refused_by_name=refused,
+        identical_in_the_end=len(sizes),
+    )
+
 
 def test_read_only_folders(read_only, noise_bank, monkeypatch, record):
     "Checkpoint, bank, result: refused by name at once, or, for the cache, worked without."
-    from fewshotmeta.data import cached
-    from fewshotmeta.runs import run_notebook
-    with pytest.raises(PermissionError, match=f'cannot write {read_only}'): fit(MAML(conv4(size=16, filters=4), 5), EpisodeSampler(noise_bank, 5, 1, 2), 2, checkpoint=read_only/'run', progress=False)
-    with pytest.raises(PermissionError, match=f'cannot write {read_only}'): run_notebook(ROOT/'nbs'/'experiments'/'train.ipynb', {}, 'a/b', read_only, quiet=True)
+    from fewshotmeta.data.banks import cached
+    from fewshotmeta.lab.runs import run_notebook
+
+    with pytest.raises(PermissionError, match=f'cannot write {read_only}'):
+        fit(
+            MAML(conv4(size=16, filters=4), 5),
+            EpisodeSampler(noise_bank, 5, 1, 2),
+            2,
+            checkpoint=read_only / 'run',
+            progress=False,
+        )
+    with pytest.raises(PermissionError, match=f'cannot write {read_only}'):
+        run_notebook(ROOT / 'nbs' / 'experiments' / 'train.ipynb', {}, 'a/b', read_only, quiet=True)
     monkeypatch.setenv('FEWSHOTMETA_CACHE', str(read_only))
-    with pytest.warns(UserWarning, match='bank not cached'): assert cached(dict(set='noise'), lambda: noise_bank).digest == noise_bank.digest
-    record('folders that cannot be written: of checkpoints, results, banks', folders=3, refused_by_name=2, worked_without=1)
+    with pytest.warns(UserWarning, match='bank not cached'):
+        assert cached(dict(set='noise'), lambda: noise_bank).digest == noise_bank.digest
+    record(
+        'folders that cannot be written: of checkpoints, results, banks',
+        folders=3,
+        refused_by_name=2,
+        worked_without=1,
+    )
+
 
 # ---- 4. one bank
 BUILD = '''
 import os, sys, time, torch
-from fewshotmeta.data import ImageBank, cached
+from fewshotmeta.data.banks import ImageBank, cached
 def build():
     with open(sys.argv[1], 'a') as f: print(os.getpid(), file=f)
     time.sleep(.5)
@@ -106,28 +236,66 @@ def build():
 while not os.path.exists(sys.argv[1]): time.sleep(.01)
 print(cached(dict(set='one'), build).digest)
 '''
+
+
 def test_many_processes_build_one_bank(tmp_path, record):
     "Started together, they build it once, and all have it."
-    env = os.environ | dict(FEWSHOTMETA_CACHE=str(tmp_path/'cache'))
-    all_ = [subprocess.Popen([sys.executable, '-c', BUILD, str(tmp_path/'log')], stdout=subprocess.PIPE, text=True, env=env) for _ in range(8)]
-    (tmp_path/'log').write_text('')
+    env = os.environ | dict(FEWSHOTMETA_CACHE=str(tmp_path / 'cache'))
+    all_ = [
+        subprocess.Popen(
+            [sys.executable, '-c', BUILD, str(tmp_path / 'log')],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for _ in range(8)
+    ]
+    (tmp_path / 'log').write_text('')
     said = {p.communicate(timeout=300)[0] for p in all_}
-    assert len(said) == 1 and said != {''} and len((tmp_path/'log').read_text().splitlines()) == 1
+    assert len(said) == 1 and said != {''} and len((tmp_path / 'log').read_text().splitlines()) == 1
     record('processes building the same bank at once', processes=8, built=1)
+
 
 # ---- 7. exactness, every method
 SMALL = dict(size=16, filters=8)
-METHODS = dict(maml=lambda: MAML(conv4(**SMALL), 5, inner_lr=.1), fomaml=lambda: MAML(conv4(**SMALL), 5, inner_lr=.1, order=1), meta_sgd=lambda: meta_sgd(conv4(**SMALL), 5), reptile=lambda: Reptile(conv4(**SMALL), 5),
-               mamlpp=lambda: mamlpp(conv4(**SMALL, norm='per_step', norm_steps=2), 5, inner_steps=2), hidra=lambda: hidra(conv4(**SMALL), 6), hypermaml=lambda: HyperMAML(conv4(**SMALL), 5, width=16), anyway_hypermaml=lambda: anyway_hypermaml(conv4(**SMALL), 6, width=16))
+METHODS = dict(
+    maml=lambda: MAML(conv4(**SMALL), 5, inner_lr=0.1),
+    fomaml=lambda: MAML(conv4(**SMALL), 5, inner_lr=0.1, order=1),
+    meta_sgd=lambda: meta_sgd(conv4(**SMALL), 5),
+    reptile=lambda: Reptile(conv4(**SMALL), 5),
+    mamlpp=lambda: mamlpp(conv4(**SMALL, norm='per_step', norm_steps=2), 5, inner_steps=2),
+    hidra=lambda: hidra(conv4(**SMALL), 6),
+    hypermaml=lambda: HyperMAML(conv4(**SMALL), 5, width=16),
+    anyway_hypermaml=lambda: anyway_hypermaml(conv4(**SMALL), 6, width=16),
+)
+
 
 @pytest.mark.parametrize('method', METHODS)
 def test_same_seed_same_bytes(tmp_path, noise_bank, stopped, record, method):
     "Twice in one process, and stopped and resumed at every iteration."
     tasks = EpisodeSampler(noise_bank, 5, 1, 2, seed=0)
-    def go(folder): return fit(METHODS[method](), tasks, 6, meta_batch=3, meta_lr=3e-3, valid=tasks, valid_tasks=4, valid_every=2, save_every=6, log_every=2, checkpoint=tmp_path/folder, progress=False)
-    go('a'); go('b')
-    for i in range(1, 6): stopped(i, lambda: go('stopped'))
+
+    def go(folder):
+        return fit(
+            METHODS[method](),
+            tasks,
+            6,
+            meta_batch=3,
+            meta_lr=3e-3,
+            valid=tasks,
+            valid_tasks=4,
+            valid_every=2,
+            save_every=6,
+            log_every=2,
+            checkpoint=tmp_path / folder,
+            progress=False,
+        )
+
+    go('a')
+    go('b')
+    for i in range(1, 6):
+        stopped(i, lambda: go('stopped'))
     go('stopped')
-    a, *others = (read_checkpoint(tmp_path/n)[0]['tensors'] for n in ('a', 'b', 'stopped'))
+    a, *others = (read_checkpoint(tmp_path / n)[0]['tensors'] for n in ('a', 'b', 'stopped'))
     assert others == [a, a]
     record(f'same bytes: {method}, again and resumed at every iteration', trainings=2, identical=2)

@@ -1,98 +1,181 @@
 """The outer loop: stopped anywhere it continues to the same bytes; what is broken is refused by name."""
+
 import os, random, signal, subprocess, sys, time
 import numpy as np, pytest, torch
-from fewshotmeta.backbones import *
-from fewshotmeta.episodes import *
-from fewshotmeta.layers import *
-from fewshotmeta.maml import *
-from fewshotmeta.training import *
+from fewshotmeta.all import *
+from fewshotmeta.all import *
+from fewshotmeta.all import *
+from fewshotmeta.all import *
+from fewshotmeta.all import *
+
 
 @pytest.fixture
-def train(noise_bank): return EpisodeSampler(noise_bank, 5, 1, 3, seed=0)
+def train(noise_bank):
+    return EpisodeSampler(noise_bank, 5, 1, 3, seed=0)
+
 
 @pytest.fixture
-def valid(noise_bank): return EpisodeSampler(noise_bank, 5, 1, 3, seed=99)
+def valid(noise_bank):
+    return EpisodeSampler(noise_bank, 5, 1, 3, seed=99)
+
 
 def small(seed=0, **kw):
     net = {k: kw.pop(k) for k in ('norm', 'norm_steps') if k in kw}
     return MAML(conv4(size=16, filters=16, **net), 5, seed=seed, **kw)
 
-def fitted(train, valid, folder=None, learner=None, **kw):
-    return fit(learner or small(), train, **(dict(iterations=24, meta_batch=2, valid=valid, valid_tasks=6, valid_every=8, save_every=6, log_every=4, schedule=Cosine(), checkpoint=folder, progress=False) | kw))
 
-def same(a, b): return all(torch.equal(a.theta[k], b.theta[k]) for k in a.theta) and all(torch.equal(a.buffers[k], b.buffers[k]) for k in a.buffers)
+def fitted(train, valid, folder=None, learner=None, **kw):
+    return fit(
+        learner or small(),
+        train,
+        **(
+            dict(
+                iterations=24,
+                meta_batch=2,
+                valid=valid,
+                valid_tasks=6,
+                valid_every=8,
+                save_every=6,
+                log_every=4,
+                schedule=Cosine(),
+                checkpoint=folder,
+                progress=False,
+            )
+            | kw
+        ),
+    )
+
+
+def same(a, b):
+    return all(torch.equal(a.theta[k], b.theta[k]) for k in a.theta) and all(
+        torch.equal(a.buffers[k], b.buffers[k]) for k in a.buffers
+    )
+
 
 # ---- schedules, clipping
 def test_schedules():
-    assert [round(Cosine()(p), 6) for p in (0, .5, 1)] == [1, .505, .01] and constant(.7) == 1
-    assert [round(MultiStep((.1, .5), .3)(p), 3) for p in (0, .0999, .1, .49, .5, .99)] == [1, 1, .3, .3, .09, .09]
+    assert [round(Cosine()(p), 6) for p in (0, 0.5, 1)] == [1, 0.505, 0.01] and constant(0.7) == 1
+    assert [round(MultiStep((0.1, 0.5), 0.3)(p), 3) for p in (0, 0.0999, 0.1, 0.49, 0.5, 0.99)] == [
+        1,
+        1,
+        0.3,
+        0.3,
+        0.09,
+        0.09,
+    ]
+
 
 def test_schedule_is_what_adam_gets(train, valid):
     run = fitted(train, valid, meta_lr=2e-3)
-    assert [r['lr'] for r in run.history] == [2e-3*Cosine()((r['iteration'] - 1)/24) for r in run.history]
+    assert [r['lr'] for r in run.history] == [
+        2e-3 * Cosine()((r['iteration'] - 1) / 24) for r in run.history
+    ]
+
 
 def test_clipping():
     for clip in (ClipValue, ClipNorm):
-        with pytest.raises(ValueError, match='bound=-1'): clip(-1)
-    g = [torch.tensor([3., -20.]), torch.tensor([[.1]])]
-    assert ClipValue(10)(g)[0].tolist() == [3., -10.] and ClipNorm(10)(g)[0].norm() == pytest.approx(10, abs=1e-4) and torch.equal(ClipNorm(10)(g)[1], g[1])
+        with pytest.raises(ValueError, match='bound=-1'):
+            clip(-1)
+    g = [torch.tensor([3.0, -20.0]), torch.tensor([[0.1]])]
+    assert (
+        ClipValue(10)(g)[0].tolist() == [3.0, -10.0]
+        and ClipNorm(10)(g)[0].norm() == pytest.approx(10, abs=1e-4)
+        and torch.equal(ClipNorm(10)(g)[1], g[1])
+    )
+
 
 def test_fit_is_adam_on_the_mean_meta_loss(train):
     "Three iterations by hand."
     a, b = small(), small()
-    fit(a, train, 3, meta_batch=4, meta_lr=.01, clip=ClipValue(.05), plan=plan_for('cpu', 'batched'), progress=False)   # the same arithmetic as below
-    opt = torch.optim.Adam(list(b.theta.values()), .01)
+    fit(
+        a,
+        train,
+        3,
+        meta_batch=4,
+        meta_lr=0.01,
+        clip=ClipValue(0.05),
+        plan=plan_for('cpu', 'batched'),
+        progress=False,
+    )  # the same arithmetic as below
+    opt = torch.optim.Adam(list(b.theta.values()), 0.01)
     for i in range(3):
-        opt.zero_grad(); b.meta_loss(train[4*i:4*i + 4]).loss.mean().backward()
-        for p in b.theta.values(): p.grad = (torch.zeros_like(p) if p.grad is None else p.grad).clamp(-.05, .05)
+        opt.zero_grad()
+        b.meta_loss(train[4 * i : 4 * i + 4]).loss.mean().backward()
+        for p in b.theta.values():
+            p.grad = (torch.zeros_like(p) if p.grad is None else p.grad).clamp(-0.05, 0.05)
         opt.step()
-    for k in a.theta: assert torch.allclose(a.theta[k], b.theta[k], atol=1e-4), k
+    for k in a.theta:
+        assert torch.allclose(a.theta[k], b.theta[k], atol=1e-4), k
+
 
 def test_training_learns():
     "Far above chance in seconds on the embedded characters."
-    from fewshotmeta.data import glyphs
-    from fewshotmeta.evaluation import evaluate
-    m = MAML(conv4(filters=16), 5, inner_lr=.1)
-    fit(m, EpisodeSampler(glyphs('train'), 5, 1, 5), 150, meta_batch=4, meta_lr=3e-3, progress=False)
-    assert evaluate(m, EpisodeSampler(glyphs('test'), 5, 1, 15), 50).mean > .45
+    from fewshotmeta.data.datasets import glyphs
+    from fewshotmeta.training.evaluation import evaluate
+
+    m = MAML(conv4(filters=16), 5, inner_lr=0.1)
+    fit(
+        m, EpisodeSampler(glyphs('train'), 5, 1, 5), 150, meta_batch=4, meta_lr=3e-3, progress=False
+    )
+    assert evaluate(m, EpisodeSampler(glyphs('test'), 5, 1, 15), 50).mean > 0.45
+
 
 # ---- selection
 def test_best_last_and_ensemble(train, valid):
-    def with_select(s): return fitted(train, valid, learner=small(), select=s, meta_lr=.02)
+    def with_select(s):
+        return fitted(train, valid, learner=small(), select=s, meta_lr=0.02)
+
     best, last, top = (with_select(s) for s in ('best', 'last', 'top_2'))
-    values = [(r['iteration'], r['val_accuracy']) for r in best.history if r['val_accuracy'] is not None]
+    values = [
+        (r['iteration'], r['val_accuracy']) for r in best.history if r['val_accuracy'] is not None
+    ]
     assert [i for i, _ in values] == [8, 16, 24] and best.best == max(v for _, v in values)
     assert accuracies(best.learner, valid, 6)[:, -1].mean().item() == best.best
     assert isinstance(top.learner, Ensemble) and len(top.learner.members) == 2
-    assert [round(accuracies(m, valid, 6)[:, -1].mean().item(), 6) for m in top.learner.members] == sorted((round(v, 6) for _, v in values), reverse=True)[:2]
+    assert [
+        round(accuracies(m, valid, 6)[:, -1].mean().item(), 6) for m in top.learner.members
+    ] == sorted((round(v, 6) for _, v in values), reverse=True)[:2]
     assert not last.kept
+
 
 # ---- resume
 def test_any_number_of_workers_gives_the_same_bytes(train, valid):
     runs = [fitted(train, valid, plan=Plan('p', 1, w)).learner for w in (1, 2, 3)]
     assert same(runs[0], runs[1]) and same(runs[0], runs[2])
 
+
 @pytest.mark.parametrize('kw', [dict(), dict(norm='per_step', norm_steps=1)])
 @pytest.mark.parametrize('stop', [1, 5, 6, 7, 8, 13, 23])
-@pytest.mark.parametrize('polite', [True, False], ids=['one Ctrl-C', 'in the middle of an iteration'])
+@pytest.mark.parametrize(
+    'polite', [True, False], ids=['one Ctrl-C', 'in the middle of an iteration']
+)
 def test_stopped_anywhere(train, valid, tmp_path, monkeypatch, stop, kw, polite):
     "A Ctrl-C is saved at the end of its iteration; what strikes inside one goes back to the last checkpoint."
-    whole = fitted(train, valid, tmp_path/'a', small(**kw))
-    import fewshotmeta.training as T
+    whole = fitted(train, valid, tmp_path / 'a', small(**kw))
+    import fewshotmeta.training.fit as T
+
     step = T._Loop.step
+
     def stopping(self):
         if self.run.iteration == stop - polite:
-            if not polite: raise KeyboardInterrupt
+            if not polite:
+                raise KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGINT)
         return step(self)
+
     with monkeypatch.context() as m:
         m.setattr(T._Loop, 'step', stopping)
-        with pytest.raises(KeyboardInterrupt): fitted(train, valid, tmp_path/'b', small(**kw))
-    assert read_checkpoint(tmp_path/'b')[0]['iteration'] == (stop if polite else stop//6*6)
-    again = fitted(train, valid, tmp_path/'b', small(**kw))
+        with pytest.raises(KeyboardInterrupt):
+            fitted(train, valid, tmp_path / 'b', small(**kw))
+    assert read_checkpoint(tmp_path / 'b')[0]['iteration'] == (stop if polite else stop // 6 * 6)
+    again = fitted(train, valid, tmp_path / 'b', small(**kw))
     assert same(whole.learner, again.learner)
-    drop = lambda rows: [{k: v for k, v in r.items() if k != 'seconds'} for r in rows]
+
+    def drop(rows):
+        return [{k: v for k, v in r.items() if k != 'seconds'} for r in rows]
+
     assert drop(whole.history) == drop(again.history)
+
 
 CHILD = '''
 import sys, torch
@@ -104,94 +187,190 @@ print('ready', flush=True)
 fit(MAML(conv4(size=16, filters=16), 5), s, iterations=120, meta_batch=2, valid=s(seed=99), valid_tasks=6, valid_every=20, save_every=3, log_every=4, checkpoint=sys.argv[1], progress=False)
 '''
 
+
 def train_in_a_process(folder, kill_after=None):
-    p = subprocess.Popen([sys.executable, '-c', CHILD, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen(
+        [sys.executable, '-c', CHILD, str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert p.stdout.readline() == 'ready\n', p.stderr.read()
-    if kill_after is not None: time.sleep(kill_after); p.kill()
+    if kill_after is not None:
+        time.sleep(kill_after)
+        p.kill()
     p.wait(120)
     return p.returncode
 
+
 def test_sigkill_at_random_moments(tmp_path):
     "Killed again and again, resumed each time: the same bytes as a run that nobody touched."
-    assert train_in_a_process(tmp_path/'a') == 0
+    assert train_in_a_process(tmp_path / 'a') == 0
     rng, kills = random.Random(), 0
     for _ in range(5):
-        if train_in_a_process(tmp_path/'b', kill_after=rng.uniform(.05, .8)) == 0: break
+        if train_in_a_process(tmp_path / 'b', kill_after=rng.uniform(0.05, 0.8)) == 0:
+            break
         kills += 1
-        if (tmp_path/'b'/'checkpoint.safetensors').exists(): read_checkpoint(tmp_path/'b')     # never half-written
-    assert kills >= 1 and train_in_a_process(tmp_path/'b') == 0
-    (ha, a), (hb, b) = read_checkpoint(tmp_path/'a'), read_checkpoint(tmp_path/'b')
-    assert ha['iteration'] == hb['iteration'] == 120 and ha['tensors'] == hb['tensors'] and all(torch.equal(a[k], b[k]) for k in a)
-    assert not [p for p in (tmp_path/'b').iterdir() if p.suffix == '.csv' and not p.read_text().startswith('iteration')]
+        if (tmp_path / 'b' / 'checkpoint.safetensors').exists():
+            read_checkpoint(tmp_path / 'b')  # never half-written
+    assert kills >= 1 and train_in_a_process(tmp_path / 'b') == 0
+    (ha, a), (hb, b) = read_checkpoint(tmp_path / 'a'), read_checkpoint(tmp_path / 'b')
+    assert (
+        ha['iteration'] == hb['iteration'] == 120
+        and ha['tensors'] == hb['tensors']
+        and all(torch.equal(a[k], b[k]) for k in a)
+    )
+    assert not [
+        p
+        for p in (tmp_path / 'b').iterdir()
+        if p.suffix == '.csv' and not p.read_text().startswith('iteration')
+    ]
+
 
 def test_ctrl_c_waits_for_the_end_of_the_iteration(train, valid, tmp_path):
     class Press:
         __name__ = 'Cosine(final=0.01)'
+
         def __call__(self, p):
-            if round(p*24) == 10: os.kill(os.getpid(), signal.SIGINT)
+            if round(p * 24) == 10:
+                os.kill(os.getpid(), signal.SIGINT)
             return Cosine()(p)
+
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt): fitted(train, valid, tmp_path, schedule=Press())
-    assert read_checkpoint(tmp_path)[0]['iteration'] == 11 and signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt):
+        fitted(train, valid, tmp_path, schedule=Press())
+    assert (
+        read_checkpoint(tmp_path)[0]['iteration'] == 11
+        and signal.getsignal(signal.SIGINT) is before
+    )
     assert same(fitted(train, valid, tmp_path).learner, fitted(train, valid).learner)
+
 
 # ---- what is refused
 def test_not_finite_names_the_iteration_and_keeps_the_last_good_state(train, valid, tmp_path):
     class Explode:
         __name__ = 'constant'
-        def __call__(self, p): return 1e30 if round(p*24) == 9 else 1.
-    with pytest.raises(FloatingPointError, match=r'iteration 10: the .*The last checkpoint is kept.*meta_lr=0.001.*in a new folder'): fitted(train, valid, tmp_path, schedule=Explode())
+
+        def __call__(self, p):
+            return 1e30 if round(p * 24) == 9 else 1.0
+
+    with pytest.raises(
+        FloatingPointError,
+        match=r'iteration 10: the .*The last checkpoint is kept.*meta_lr=0.001.*in a new folder',
+    ):
+        fitted(train, valid, tmp_path, schedule=Explode())
     head, tensors = read_checkpoint(tmp_path)
-    kept = with_theta(small(), {k.removeprefix('theta/'): v for k, v in tensors.items() if k.startswith('theta/')})
+    kept = with_theta(
+        small(), {k.removeprefix('theta/'): v for k, v in tensors.items() if k.startswith('theta/')}
+    )
     assert head['iteration'] == 6 and kept.meta_loss(train[0:4]).loss.isfinite().all()
+
 
 def test_not_finite_gradient(train, tmp_path):
     m = small(inner_lr=1e30)
-    with pytest.raises(FloatingPointError, match='iteration 0'): fit(m, train, 5, meta_batch=2, checkpoint=tmp_path, progress=False)
-    assert all(t.isfinite().all() for t in read_checkpoint(tmp_path)[1].values()) and same(m, small(inner_lr=1e30))
+    with pytest.raises(FloatingPointError, match='iteration 0'):
+        fit(m, train, 5, meta_batch=2, checkpoint=tmp_path, progress=False)
+    assert all(t.isfinite().all() for t in read_checkpoint(tmp_path)[1].values()) and same(
+        m, small(inner_lr=1e30)
+    )
+
 
 def test_truncated_altered_foreign_checkpoints(train, valid, tmp_path):
     fitted(train, valid, tmp_path)
-    path = tmp_path/'checkpoint.safetensors'; whole = path.read_bytes()
-    for cut in (0, 1, 8, 100, len(whole)//2, len(whole) - 1):
+    path = tmp_path / 'checkpoint.safetensors'
+    whole = path.read_bytes()
+    for cut in (0, 1, 8, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
-        with pytest.raises(BadCheckpoint, match='checkpoint.safetensors is not a whole checkpoint'): fitted(train, valid, tmp_path)
+        with pytest.raises(BadCheckpoint, match='checkpoint.safetensors is not a whole checkpoint'):
+            fitted(train, valid, tmp_path)
     for at in (len(whole) - 1, len(whole) - 2000):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
-        with pytest.raises(BadCheckpoint, match='not what was stored'): fitted(train, valid, tmp_path)
-    torch.save({'theta': torch.zeros(2)}, path)                                # a pickle is refused, not opened
-    with pytest.raises(BadCheckpoint): fitted(train, valid, tmp_path)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(BadCheckpoint, match='not what was stored'):
+            fitted(train, valid, tmp_path)
+    torch.save({'theta': torch.zeros(2)}, path)  # a pickle is refused, not opened
+    with pytest.raises(BadCheckpoint):
+        fitted(train, valid, tmp_path)
     from safetensors.torch import save_file
-    save_file({'x': torch.zeros(2)}, path)
-    with pytest.raises(BadCheckpoint, match='not a checkpoint of this version'): fitted(train, valid, tmp_path)
-    path.write_bytes(whole); fitted(train, valid, tmp_path)
 
-@pytest.mark.parametrize('change,words', [(dict(iterations=25), 'iterations: 24 there, 25 here'), (dict(meta_lr=.5), 'meta_lr: 0.001 there, 0.5 here'), (dict(schedule=constant), 'schedule'),
-                                          (dict(learner=small(inner_lr=.1)), 'inner_lr'), (dict(learner=small(norm='support')), 'support'), (dict(learner=small(head_init='zeros')), 'head_init'), (dict(learner=small(adapts=lambda n, m: n == 'head.bias')), 'adapted')])
+    save_file({'x': torch.zeros(2)}, path)
+    with pytest.raises(BadCheckpoint, match='not a checkpoint of this version'):
+        fitted(train, valid, tmp_path)
+    path.write_bytes(whole)
+    fitted(train, valid, tmp_path)
+
+
+@pytest.mark.parametrize(
+    'change,words',
+    [
+        (dict(iterations=25), 'iterations: 24 there, 25 here'),
+        (dict(meta_lr=0.5), 'meta_lr: 0.001 there, 0.5 here'),
+        (dict(schedule=constant), 'schedule'),
+        (dict(learner=small(inner_lr=0.1)), 'inner_lr'),
+        (dict(learner=small(norm='support')), 'support'),
+        (dict(learner=small(head_init='zeros')), 'head_init'),
+        (dict(learner=small(adapts=lambda n, m: n == 'head.bias')), 'adapted'),
+    ],
+)
 def test_checkpoint_of_another_configuration(train, valid, tmp_path, change, words):
     fitted(train, valid, tmp_path)
-    before = (tmp_path/'checkpoint.safetensors').read_bytes()
-    with pytest.raises(BadCheckpoint, match=f'(?s)another run.*{words}.*choose another folder'): fitted(train, valid, tmp_path, **change)
-    for other in (train(seed=5), train(mean=.5, std=.5)):
-        with pytest.raises(BadCheckpoint, match='train: '): fitted(other, valid, tmp_path)
-    assert (tmp_path/'checkpoint.safetensors').read_bytes() == before
+    before = (tmp_path / 'checkpoint.safetensors').read_bytes()
+    with pytest.raises(BadCheckpoint, match=f'(?s)another run.*{words}.*choose another folder'):
+        fitted(train, valid, tmp_path, **change)
+    for other in (train(seed=5), train(mean=0.5, std=0.5)):
+        with pytest.raises(BadCheckpoint, match='train: '):
+            fitted(other, valid, tmp_path)
+    assert (tmp_path / 'checkpoint.safetensors').read_bytes() == before
+
 
 def test_read_only_folder(train, valid, read_only):
-    with pytest.raises(PermissionError, match='cannot write .*checkpoint.safetensors: make .* writable, or choose another folder'): fitted(train, valid, read_only)
+    with pytest.raises(
+        PermissionError,
+        match='cannot write .*checkpoint.safetensors: make .* writable, or choose another folder',
+    ):
+        fitted(train, valid, read_only)
+
 
 def test_full_disk(train, small_disk):
     m = MAML(conv4(size=16, filters=64), 5)
-    with pytest.raises(OSError, match='no space left to write .*checkpoint.safetensors: free some'): fit(m, train, 5, meta_batch=2, checkpoint=small_disk, progress=False)
+    with pytest.raises(OSError, match='no space left to write .*checkpoint.safetensors: free some'):
+        fit(m, train, 5, meta_batch=2, checkpoint=small_disk, progress=False)
     assert not [p for p in small_disk.rglob('*') if p.is_file()]
 
-@pytest.mark.parametrize('kw,words', [(dict(iterations=0), 'iterations=0'), (dict(meta_batch=0), 'meta_batch=0'), (dict(meta_batch=2.5), 'meta_batch=2.5'), (dict(meta_lr=0), 'meta_lr=0'), (dict(valid_every=-1), 'valid_every=-1'),
-                                      (dict(select='first'), "select='first'.*best, last, top_3"), (dict(select='top_0'), 'top_0'), (dict(learner=MAML(conv4(size=16, filters=4), 20)), 'episodes of n_way=5 for a learner of n_way=20')])
+
+@pytest.mark.parametrize(
+    'kw,words',
+    [
+        (dict(iterations=0), 'iterations=0'),
+        (dict(meta_batch=0), 'meta_batch=0'),
+        (dict(meta_batch=2.5), 'meta_batch=2.5'),
+        (dict(meta_lr=0), 'meta_lr=0'),
+        (dict(valid_every=-1), 'valid_every=-1'),
+        (dict(select='first'), "select='first'.*best, last, top_3"),
+        (dict(select='top_0'), 'top_0'),
+        (
+            dict(learner=MAML(conv4(size=16, filters=4), 20)),
+            'episodes of n_way=5 for a learner of n_way=20',
+        ),
+    ],
+)
 def test_bad_numbers(train, valid, kw, words):
-    with pytest.raises(ValueError, match=words): fitted(train, valid, **kw)
+    with pytest.raises(ValueError, match=words):
+        fitted(train, valid, **kw)
+
 
 def test_metrics_are_a_table(train, valid, tmp_path):
     import pandas as pd
+
     run = fitted(train, valid, tmp_path)
-    table = pd.read_csv(tmp_path/'metrics.csv')
-    assert table.iteration.tolist() == [4, 8, 12, 16, 20, 24] and list(table) == ['iteration', 'loss', 'accuracy', 'lr', 'seconds', 'val_accuracy']
-    assert table.val_accuracy.notna().sum() == 3 and np.allclose(table.loss, [r['loss'] for r in run.history])
+    table = pd.read_csv(tmp_path / 'metrics.csv')
+    assert table.iteration.tolist() == [4, 8, 12, 16, 20, 24] and list(table) == [
+        'iteration',
+        'loss',
+        'accuracy',
+        'lr',
+        'seconds',
+        'val_accuracy',
+    ]
+    assert table.val_accuracy.notna().sum() == 3 and np.allclose(
+        table.loss, [r['loss'] for r in run.history]
+    )
