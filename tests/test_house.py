@@ -42,9 +42,11 @@ def test_notebook_form(path):
 
 
 COLAB = '''#| hide
-# Colab opens a notebook alone: get the rest of the repository, and its package
+# Colab opens a notebook alone: get the rest of the repository and its package
 if 'google.colab' in str(get_ipython()):
-    get_ipython().system('git clone -q --depth 1 {git_url} /content/fewshotmeta; pip install -q "/content/fewshotmeta[nbdev]"')
+    shell = get_ipython().system
+    shell('git clone -q --depth 1 {git_url} /content/fewshotmeta')
+    shell('pip install -q "/content/fewshotmeta[nbdev]"')
     get_ipython().run_line_magic('cd', '-q /content/fewshotmeta/{folder}')'''
 
 
