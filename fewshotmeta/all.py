@@ -18,7 +18,10 @@ from .engine.lean import *
 from .engine.kernels import *
 from .engine.capture import *
 from .engine.ranks import *
+from .learners.norms import *
+from .learners.heads import *
 from .learners.backbones import *
+from .learners.modules import *
 from .learners.maml import *
 from .learners.mamlpp import *
 from .learners.hidra import *

@@ -8,7 +8,7 @@ __all__ = ['TRANSFORMS', 'ImageBatches', 'TrainingClasses', 'Pretrained', 'momen
 
 # %% ../../nbs/learners/16_finetuning.ipynb #45446c2e
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,9 +19,8 @@ from ..data.checks import check_size, pick
 from ..data.banks import ImageBank
 from ..data.episodes import EpisodeSampler, Episodes, draw_distinct, random_bits
 from ..engine.layers import check_every_class, class_means, one_hot, task_linear
-from .backbones import Conv4, HEAD_INITS, init_head
-from .maml import Fast, MAML, MetaLoss, head_only, task_losses
-from .hidra import HEAD
+from .heads import HEAD, HEAD_INITS, init_head
+from .maml import Fast, LEARNERS, MAML, MetaLoss, head_only, task_losses
 
 # %% ../../nbs/learners/16_finetuning.ipynb #e7b5bbf4
 @dataclass(frozen=True)
@@ -176,13 +175,9 @@ class Pretrained(MAML):
             head=head or TrainingClasses(n_classes),
         )
         self.inner_steps = self.max_steps
-        if isinstance(backbone, Conv4) and backbone.norm in ('transductive', 'support'):
-            self.backbone = (
-                backbone
-                if backbone.norm_steps
-                else replace(backbone, norm_steps=1, affine_per_step=False)
-            )
-            self.buffers = replace(self.backbone, norm='per_step').buffers()
+        if backbone.per_step_norms and backbone.norm.measured:
+            self.backbone = backbone if backbone.norm_steps else backbone.with_steps(1, False)
+            self.buffers = self.backbone.with_norm('per_step').buffers()
 
     def scores(
         self, h: Tensor, p: dict
@@ -208,10 +203,15 @@ class Pretrained(MAML):
         steps, n_way = self._steps(steps), self._check(xs, ys)
         theta = self.head.start({k: v.detach() for k, v in self.theta.items()}, n_way)
         h, stats = self.backbone(theta | self.buffers, xs)
-        stats = stats if self.backbone.norm == 'support' else {}
+        stats = stats if self.backbone.norm.from_support else {}
         own = {k: theta[k].expand(len(xs), *theta[k].shape) for k in self.head.parts}
         for t, head in zip(range(steps + 1), self.heads(own, self.look(h), ys)):
             yield Fast(theta | head, t, stats)
+
+    def training_data(self, sampler) -> ImageBatches:
+        "Give what `fit` trains on: mini-batches of 16 of the same images."
+        looks = sampler.mean, sampler.std, sampler.augment
+        return ImageBatches(sampler.bank, 16, sampler.seed, *looks)
 
     def moment(self, progress: float) -> tuple[tuple, list[float]]:
         "Nothing of the loss depends on the progress."
@@ -225,11 +225,8 @@ class Pretrained(MAML):
             )
         h, stats = self.backbone(self.theta | self.buffers, episodes.xq)
         logits = self.scores(h, self.theta)
-        seen = {
-            f'{k}.{n}': s.detach().mean(0)[None]
-            for k, pair in stats.items()
-            for n, s in zip(('mean', 'var'), pair)
-        } | {'feature.mean': h.detach().mean((0, 1))}
+        seen = self.remembered([stats] if self.buffers and stats else None)
+        seen = {k: v.detach() for k, v in seen.items()} | {'feature.mean': h.detach().mean((0, 1))}
         right = (logits.argmax(-1) == episodes.yq).float().mean(1)
         return MetaLoss(
             task_losses(logits, episodes.yq), right.detach(), {k: seen[k] for k in self.buffers}
@@ -418,3 +415,21 @@ class SimpleShot(Pretrained):
         "The class means, written as a linear head."
         c = class_means(h, ys, own['head.weight'].shape[1])
         yield {'head.weight': 2 * c, 'head.bias': -c.square().sum(-1)}
+
+# %% ../../nbs/learners/16_finetuning.ipynb #a16d5f86
+@LEARNERS.register('feature_transfer')
+def _feature_transfer(backbone, setting, *, tune_steps=200):
+    "Feature Transfer."
+    return FeatureTransfer(backbone, setting.n_classes, tune_steps, seed=setting.seed)
+
+
+@LEARNERS.register('baseline_pp')
+def _baseline_pp(backbone, setting, *, tune_steps=200):
+    "Baseline++."
+    return BaselinePP(backbone, setting.n_classes, tune_steps=tune_steps, seed=setting.seed)
+
+
+@LEARNERS.register('simple_shot')
+def _simple_shot(backbone, setting):
+    "SimpleShot."
+    return SimpleShot(backbone, setting.n_classes, seed=setting.seed)

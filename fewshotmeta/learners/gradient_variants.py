@@ -8,7 +8,7 @@ __all__ = ['SignMAML', 'unicorn_maml']
 # %% ../../nbs/learners/17_gradient_variants.ipynb #7681224c
 import torch
 
-from .maml import MAML
+from .maml import LEARNERS, MAML
 from .hidra import hidra
 
 # %% ../../nbs/learners/17_gradient_variants.ipynb #140d0c2d
@@ -51,3 +51,17 @@ def unicorn_maml(
     return hidra(
         backbone, n_way, 'tied_gradient', inner_lr=inner_lr, inner_steps=inner_steps, **maml
     )
+
+# %% ../../nbs/learners/17_gradient_variants.ipynb #b27e6097
+@LEARNERS.register('sign_maml')
+def _sign_maml(backbone, setting, *, inner_lr=0.1, inner_steps=1):
+    "SignMAML."
+    options = dict(inner_lr=inner_lr, inner_steps=inner_steps, adapts=setting.adapts)
+    return SignMAML(backbone, setting.n_way, **options, **setting.fresh)
+
+
+@LEARNERS.register('unicorn_maml')
+def _unicorn_maml(backbone, setting, *, inner_lr=0.1, inner_steps=1):
+    "Unicorn-MAML."
+    options = dict(inner_lr=inner_lr, inner_steps=inner_steps, adapts=setting.adapts)
+    return unicorn_maml(backbone, setting.n_way, **options, **setting.fresh)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..data.checks import check_size, pick
 from ..engine.layers import check_every_class, class_means, one_hot, task_linear
-from .maml import Fast, MAML, MetaLoss, head_only, task_losses
-from .hidra import HEAD, Master
+from .heads import HEAD
+from .maml import Fast, LEARNERS, MAML, MetaLoss, head_only, task_losses
+from .hidra import Master
 
 # %% ../../nbs/learners/13_hypermaml.ipynb #c9149804
 SWITCHES = ('update_mix', 'update_mix_repeat', 'loss_mix', 'none')
@@ -275,7 +276,7 @@ class HyperMAML(MAML):
         steps, n_way = self._steps(steps), self._check(xs, ys)
         with torch.no_grad():
             theta, own, e, stats = self._begin(self.theta, xs, n_way)
-        stats = stats if self.backbone.norm == 'support' else {}
+        stats = stats if self.backbone.norm.from_support else {}
         yield Fast(theta | own, 0, stats)
         if not steps:
             return
@@ -300,7 +301,7 @@ class HyperMAML(MAML):
         n_way = self._check(episodes.xs, episodes.ys)
         theta, own, e, stats = self._begin(self.theta, episodes.xs, n_way)
         q, _ = self.backbone(
-            theta | self.buffers, episodes.xq, 0, stats if self.backbone.norm == 'support' else None
+            theta | self.buffers, episodes.xq, 0, stats if self.backbone.norm.from_support else None
         )
         (_, phase), share = self.moment(progress)
         loss, share = 0.0, (share if numbers is None else numbers)[0]
@@ -308,16 +309,8 @@ class HyperMAML(MAML):
             logits = task_linear(q, *(head[k] for k in HEAD))
             loss = loss + weight * task_losses(logits, episodes.yq)
         right = (logits.argmax(-1) == episodes.yq).float().mean(1)
-        seen = (
-            {
-                f'{k}.{n}': s.mean(0)[None]
-                for k, pair in stats.items()
-                for n, s in zip(('mean', 'var'), pair)
-            }
-            if self.buffers
-            else {}
-        )
-        return MetaLoss(loss, right.detach(), seen)
+        seen = [stats] if self.buffers else None
+        return MetaLoss(loss, right.detach(), self.remembered(seen))
 
     def outer_step(self, opt, n_way: int, progress: float) -> None:
         "The optimiser's step; during the warm-up the hypernetwork has no gradient, and Adam does not count its steps."
@@ -371,3 +364,41 @@ def anyway_hypermaml(
                 f'{name}={options[name]!r}: any-way HyperMAML shows no labels and no universal probabilities; leave it out'
             )
     return AnyWayHyperMAML(backbone, None, head=Master(n_max, 'frozen'), **options)
+
+# %% ../../nbs/learners/13_hypermaml.ipynb #7e3a2c53
+@LEARNERS.register('hypermaml', norm_rows=1)
+def _hypermaml(
+    backbone,
+    setting,
+    *,
+    inner_lr=0.1,
+    inner_steps=1,
+    hyper_width=512,
+    enhance=True,
+    labels='scalar',
+    switch='update_mix',
+    switch_epochs=(50, 500, 2048),
+):
+    "HyperMAML; the inner steps are those of its warm-up."
+    options = dict(width=hyper_width, enhance=enhance, labels=labels, warm_steps=inner_steps)
+    options |= dict(inner_lr=inner_lr, switch=Switch(*switch_epochs, mode=switch))
+    return HyperMAML(backbone, setting.n_way, **options, **setting.fresh)
+
+
+@LEARNERS.register('anyway_hypermaml', norm_rows=1)
+def _anyway_hypermaml(
+    backbone,
+    setting,
+    *,
+    inner_lr=0.1,
+    inner_steps=1,
+    n_max=10,
+    hyper_width=512,
+    enhance=True,
+    switch='update_mix',
+    switch_epochs=(50, 500, 2048),
+):
+    "HyperMAML for any number of ways."
+    options = dict(width=hyper_width, enhance=enhance, warm_steps=inner_steps)
+    options |= dict(inner_lr=inner_lr, switch=Switch(*switch_epochs, mode=switch))
+    return anyway_hypermaml(backbone, n_max, **options, **setting.fresh)

@@ -6,13 +6,12 @@
 __all__ = ['INGREDIENTS', 'MultiStepLoss', 'MAMLpp', 'mamlpp', 'meta_sgd', 'mamlpp_preset']
 
 # %% ../../nbs/learners/11_mamlpp.ipynb #092df3cd
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from ..data.checks import check_size, pick
-from .backbones import Conv4
-from .maml import MAML
+from .maml import LEARNERS, MAML, all_but_norm
 
 # %% ../../nbs/learners/11_mamlpp.ipynb #94919c5f
 @dataclass(frozen=True)
@@ -109,6 +108,17 @@ class MAMLpp(MAML):
 INGREDIENTS = ('msl', 'da', 'bnrs', 'bnwb', 'lslr')
 
 
+def _with_per_step_norms(backbone, inner_steps, ingredients):
+    "The backbone with a row of its norms for each inner step. Raises `ValueError`."
+    if not backbone.per_step_norms:
+        raise ValueError(
+            f'{type(backbone).__name__} has no per-step norm: '
+            'leave bnwb and bnrs out of the ingredients, or use a Conv4'
+        )
+    backbone = backbone.with_steps(inner_steps, affine='bnwb' in ingredients)
+    return backbone.with_norm('per_step') if 'bnrs' in ingredients else backbone
+
+
 def mamlpp(
     backbone,  # a `Conv4`, or any backbone for ingredients that leave the norm alone
     n_way: int,  # classes of a task
@@ -127,15 +137,10 @@ def mamlpp(
     "MAML++: all ingredients of the learner. Cosine annealing, the sixth, is `fit(…, schedule=Cosine())`."
     for i in ingredients:
         pick('ingredient', i, INGREDIENTS)
-    norms = dict(norm_steps=inner_steps) if {'bnwb', 'bnrs'} & set(ingredients) else {}
-    if 'bnrs' in ingredients:
-        norms |= dict(norm='per_step', affine_per_step='bnwb' in ingredients)
-    if norms and not isinstance(backbone, Conv4):
-        raise ValueError(
-            f'{type(backbone).__name__} has no per-step norm: leave bnwb and bnrs out of the ingredients, or use a Conv4'
-        )
+    if {'bnwb', 'bnrs'} & set(ingredients):
+        backbone = _with_per_step_norms(backbone, inner_steps, ingredients)
     return MAMLpp(
-        replace(backbone, **norms) if norms else backbone,
+        backbone,
         n_way,
         inner_lr,
         inner_steps,
@@ -155,6 +160,22 @@ def meta_sgd(
 ) -> MAMLpp:
     "Meta-SGD (Li et al. 2017): a learned rate for each weight."
     return MAMLpp(backbone, n_way, inner_lr, inner_steps, rates='per_weight', **maml)
+
+# %% ../../nbs/learners/11_mamlpp.ipynb #5c1f0a31
+@LEARNERS.register('mamlpp')
+def _mamlpp(
+    backbone, setting, *, inner_lr=0.1, inner_steps=1, ingredients=('msl', 'da', 'bnwb', 'lslr')
+):
+    "MAML++; the outer loop learns the norms' rows, so the inner loop leaves them alone."
+    options = dict(inner_lr=inner_lr, inner_steps=inner_steps, ingredients=ingredients)
+    return mamlpp(backbone, setting.n_way, adapts=all_but_norm, **options, **setting.fresh)
+
+
+@LEARNERS.register('meta_sgd')
+def _meta_sgd(backbone, setting, *, inner_lr=0.1, inner_steps=1):
+    "Meta-SGD."
+    options = dict(inner_lr=inner_lr, inner_steps=inner_steps, adapts=setting.adapts)
+    return meta_sgd(backbone, setting.n_way, **options, **setting.fresh)
 
 # %% ../../nbs/learners/11_mamlpp.ipynb #295930f5
 def mamlpp_preset(

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..data.checks import check_size, pick
 from ..engine.layers import check_every_class, class_means, one_hot
-from .backbones import init_head
-from .maml import Fast, MAML, MetaLoss, Rows, task_losses
+from .heads import Rows, init_head
+from .maml import Fast, LEARNERS, MAML, MetaLoss, task_losses
 
 # %% ../../nbs/learners/15_metric.ipynb #280e20af
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Metric(MAML):
         return Fast(
             self.theta | self.keep(self.theta, e, ys, n_way),
             0,
-            stats if self.backbone.norm == 'support' else {},
+            stats if self.backbone.norm.from_support else {},
         )
 
     def trajectory(self, xs: Tensor, ys: Tensor, steps: int | None = None):
@@ -250,3 +250,27 @@ class R2D2(Metric):
             params['ridge.scale'] * (F.pad(q, (0, 1), value=1.0) @ params['solution'])
             + params['ridge.bias']
         )
+
+# %% ../../nbs/learners/15_metric.ipynb #905c4e75
+@LEARNERS.register('matching_net')
+def _matching_net(backbone, setting):
+    "Matching networks."
+    return MatchingNet(backbone, seed=setting.seed)
+
+
+@LEARNERS.register('proto_net')
+def _proto_net(backbone, setting):
+    "Prototypical networks."
+    return ProtoNet(backbone, seed=setting.seed)
+
+
+@LEARNERS.register('relation_net')
+def _relation_net(backbone, setting):
+    "Relation networks."
+    return RelationNet(backbone, seed=setting.seed)
+
+
+@LEARNERS.register('r2d2')
+def _r2d2(backbone, setting):
+    "R2-D2."
+    return R2D2(backbone, seed=setting.seed)

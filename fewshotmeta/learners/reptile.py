@@ -8,7 +8,7 @@ __all__ = ['Reptile']
 # %% ../../nbs/learners/14_reptile.ipynb #9792ab8b
 import torch
 
-from .maml import MAML, MetaLoss, seen_stats, task_losses
+from .maml import LEARNERS, MAML, MetaLoss, task_losses
 
 # %% ../../nbs/learners/14_reptile.ipynb #78f2084e
 class Reptile(MAML):
@@ -26,7 +26,7 @@ class Reptile(MAML):
     ) -> MetaLoss:
         "A loss whose value is the query loss after adaptation to all images, and whose gradient is θ − θ_b."
         xs, ys = torch.cat([episodes.xs, episodes.xq], 1), torch.cat([episodes.ys, episodes.yq], 1)
-        seen = {} if self.buffers else None
+        seen = [] if self.buffers else None
         for fast in self.trajectory(xs, ys, seen=seen):
             pass
         with torch.no_grad():
@@ -35,5 +35,12 @@ class Reptile(MAML):
         way = sum((start[k] - fast.params[k]).square().flatten(1).sum(1) / 2 for k in self.adapted)
         right = (logits.argmax(-1) == episodes.yq).float().mean(1)
         return MetaLoss(
-            task_losses(logits, episodes.yq) + way - way.detach(), right, seen_stats(seen)
+            task_losses(logits, episodes.yq) + way - way.detach(), right, self.remembered(seen)
         )
+
+# %% ../../nbs/learners/14_reptile.ipynb #8f4b3d64
+@LEARNERS.register('reptile')
+def _reptile(backbone, setting, *, inner_lr=0.1, inner_steps=1):
+    "Reptile."
+    options = dict(inner_lr=inner_lr, inner_steps=inner_steps, adapts=setting.adapts)
+    return Reptile(backbone, setting.n_way, **options, **setting.fresh)
