@@ -33,7 +33,8 @@ from ..data.episodes import EpisodeSampler, Episodes
 from ..engine.plans import Plan, available_cores, float32_precision, keep_memory, plan_for
 from ..engine.layers import channels_last
 from ..engine.capture import Recorder
-from ..learners.backbones import conv4, from_module
+from ..learners.backbones import conv4
+from ..learners.modules import from_module
 from ..learners.maml import MAML, to_dtype
 from ..learners.mamlpp import mamlpp
 from ..learners.hypermaml import HyperMAML, Switch
