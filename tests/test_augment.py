@@ -4,11 +4,6 @@ import numpy as np, pytest, torch
 import torchvision.transforms.v2.functional as TF
 from torchvision.transforms import InterpolationMode
 from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
 
 
 def images(n=20, c=3, size=32, seed=0):

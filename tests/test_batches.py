@@ -8,7 +8,6 @@ from fewshotmeta.all import *
 from fewshotmeta.lab.workers import todo
 from fewshotmeta.lab.states import View
 from fewshotmeta.all import *
-from fewshotmeta.all import *
 
 PARAMETERS = 'x = 1\nlr = 0.1\nsteps = 100\nname = "a"\nseed = 0\nscale = "smoke"'
 # leaves a line for every execution, then does what it is told

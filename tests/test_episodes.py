@@ -3,7 +3,6 @@
 import subprocess, sys
 import numpy as np, pytest, torch
 from fewshotmeta.all import *
-from fewshotmeta.all import *
 
 
 def sampler(bank, **kw):

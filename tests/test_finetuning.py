@@ -2,15 +2,6 @@
 
 import numpy as np, pytest, torch, torch.nn.functional as F
 from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
 from test_hypermaml import plain_embedding
 from test_maml import assert_slope, noise
 

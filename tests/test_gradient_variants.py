@@ -2,13 +2,6 @@
 
 import pytest, torch, torch.nn.functional as F
 from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
 from test_maml import assert_slope, gradient, noise
 
 

@@ -2,13 +2,6 @@
 
 import pytest, torch
 from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
 from test_maml import assert_slope, noise, plain_loop
 
 

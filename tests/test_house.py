@@ -1,44 +1,121 @@
-"""The house itself: rooms import only rooms above them, notebooks are in order, nothing loads a pickle."""
+"""The house itself: who may import whom, how code is laid out, that every public thing is explained."""
 
-import ast, configparser, json, re, subprocess, sys, tomllib
+import ast
+import configparser
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+
 import pytest
 from conftest import ROOT
+from house import CELL, cells_of, codes_of, layout_faults, length_faults, plain, rooms, source
+from house import wall_faults
 
+PACKAGE = ROOT / 'fewshotmeta'
 NOTEBOOKS = sorted(
     p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts
 )
-ROOMS = {
-    re.search(r'#\| default_exp (\w+)', p.read_text()).group(1): p.name.split('_')[0]
-    for p in NOTEBOOKS
-    if re.match(r'\d\d', p.name)
-}
+ROOMS = rooms(ROOT / 'nbs')
+SCRIPTS = [*(ROOT / 'tests').glob('*.py'), *(ROOT / 'nbs' / '_site').glob('*.py')]
 
 
-def test_a_room_imports_only_rooms_above():
-    for room, number in ROOMS.items():
-        tree = ast.parse((ROOT / 'fewshotmeta' / f'{room}.py').read_text())
-        used = {
-            n.module.split('.')[1]
-            for n in ast.walk(tree)
-            if isinstance(n, ast.ImportFrom) and n.module and n.module.startswith('fewshotmeta.')
-        }
-        assert all(ROOMS[u] < number for u in used), (room, used)
+def room_file(room):
+    return PACKAGE / (room.replace('.', '/') + '.py')
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def stem(path):
+    return path.stem
+
+
+def is_room(path):
+    return path in ROOMS.values()
+
+
+# --- architecture
+
+
+def test_rooms_import_only_what_stands_under_them():
+    assert wall_faults(PACKAGE, list(ROOMS)) == []
+
+
+@pytest.mark.parametrize(
+    'room, line, said',
+    [
+        ('data.files', 'from ..lab.runs import report\n', 'data.files imports lab.runs'),
+        ('data.files', 'def f():\n    from ..lab import runs\n', 'data.files imports lab.runs'),
+        ('engine.layers', 'from fewshotmeta.learners.maml import MAML\n', 'imports learners.maml'),
+        ('learners.hidra', 'from .hypermaml import HyperMAML\n', 'imports learners.hypermaml'),
+        ('lab.runs', 'from ..data.files import *\n', 'imports everything from data.files'),
+        ('lab.runs', 'from ..data.files import _named\n', '_named, which is private'),
+        ('data.files', 'from ..all import MAML\n', 'imports from all'),
+    ],
+)
+def test_a_planted_import_is_found(tmp_path, room, line, said):
+    copy = tmp_path / 'fewshotmeta'
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns('__pycache__'))
+    file = copy / (room.replace('.', '/') + '.py')
+    file.write_text(file.read_text() + '\n\n' + line)
+    found = wall_faults(copy, list(ROOMS))
+    assert len(found) == 1 and said in found[0], found
+
+
+def test_a_folder_of_notebooks_is_a_folder_of_modules():
+    for room, path in ROOMS.items():
+        assert room_file(room).is_file(), f'{path} exports {room}, which is not there'
+        assert path.parent.name == room.split('.')[0]
+    modules = {p for p in PACKAGE.glob('*/*.py') if p.name != '__init__.py'}
+    assert modules == {room_file(room) for room in ROOMS}
+
+
+# --- layout
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=stem)
+def test_cells_are_laid_out_to_be_read(path):
+    faults = []
+    for cell in codes_of(path):
+        text, where = plain(source(cell)), f'{path.name}, cell {cell["id"]}'
+        faults += layout_faults(where, text)
+        if re.search(r'^#\|\s*exports?\b', source(cell), re.M):
+            faults += length_faults(where, text)
+            if text.count('\n') >= CELL + 1:
+                faults.append(f'{where}: {text.count(chr(10))} lines, {CELL} at most')
+    assert not faults, '\n'.join(faults)
+
+
+@pytest.mark.parametrize('path', SCRIPTS, ids=stem)
+def test_scripts_are_laid_out_to_be_read(path):
+    assert layout_faults(path.name, path.read_text()) == []
+
+
+def test_what_a_layout_must_not_have_is_found():
+    assert len(layout_faults('x', 'a = 1; b = 2\n')) == 1
+    assert len(layout_faults('x', 'if a: b = 2\n')) == 1
+    assert len(layout_faults('x', f'a = "{"b" * 100}"\n')) == 1
+    assert len(layout_faults('x', 'f = lambda: 1\n')) == 1
+    assert len(layout_faults('x', 'a = dict(f=lambda: 1)\n')) == 1
+    assert len(length_faults('x', 'def f():\n' + '    a = 1\n' * 31)) == 1
+    assert layout_faults('x', 'sorted(a, key=len)\n') == []
+
+
+# --- notebooks
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=stem)
 def test_notebook_form(path):
-    nb = json.loads(path.read_text())
-    first, codes = (
-        ''.join(nb['cells'][0]['source']),
-        [c for c in nb['cells'] if c['cell_type'] == 'code'],
-    )
+    cells, codes = cells_of(path), codes_of(path)
+    first = source(cells[0])
     assert first.startswith('# ') and '\n> ' in first
     assert not [o for c in codes for o in c['outputs'] if o['output_type'] == 'error']
-    assert len({c['id'] for c in nb['cells']}) == len(nb['cells'])
+    assert len({c['id'] for c in cells}) == len(cells)
     if 'experiments' in path.parts:
         assert sum('parameters' in c['metadata'].get('tags', []) for c in codes) == 1
-    elif re.match(r'\d\d', path.name):
-        assert 'nbdev.nbdev_export()' in ''.join(codes[-1]['source'])
+    elif is_room(path):
+        assert 'nbdev.nbdev_export()' in source(codes[-1])
 
 
 COLAB = '''#| hide
@@ -50,190 +127,169 @@ if 'google.colab' in str(get_ipython()):
     get_ipython().run_line_magic('cd', '-q /content/fewshotmeta/{folder}')'''
 
 
-@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.stem != '99_all'], ids=lambda p: p.stem)
+def settings():
+    "settings.ini, nbdev's one configuration."
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(ROOT / 'settings.ini')
+    return config['DEFAULT']
+
+
+def project():
+    return tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+
+
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.stem != '99_all'], ids=stem)
 def test_a_notebook_begins_with_what_colab_needs(path):
-    "Every page of the site has a button that opens its notebook there; CONTRIBUTING says that a fork changes the address."
-    settings = configparser.ConfigParser(interpolation=None)
-    settings.read(ROOT / 'settings.ini')
-    first = next(c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code')
-    assert ''.join(first['source']) == COLAB.format(
-        git_url=settings['DEFAULT']['git_url'], folder=path.parent.relative_to(ROOT).as_posix()
-    ), 'copy the first code cell of another notebook, with the folder of this one'
-    assert (
-        'nbdev'
-        in tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['optional-dependencies']
-    )
+    "Every page has a button that opens its notebook there; a fork changes the address."
+    folder = path.parent.relative_to(ROOT).as_posix()
+    expected = COLAB.format(git_url=settings()['git_url'], folder=folder)
+    said = 'copy the first code cell of another notebook, with the folder of this one'
+    assert source(codes_of(path)[0]) == expected, said
+    assert 'nbdev' in project()['optional-dependencies']
 
 
 def test_the_readme_lists_every_notebook():
     text = (ROOT / 'README.md').read_text()
-    assert not (
-        lacking := [
-            p.name
-            for p in NOTEBOOKS
-            if p.stem != 'index'
-            and not re.search(
-                rf'^\| \[[^]]+\]\({re.escape(p.relative_to(ROOT).as_posix())}\) \| ', text, re.M
-            )
-        ]
-    ), f'give them a row in the table of nbs/index.ipynb, then make readme: {lacking}'
+    names = [p.relative_to(ROOT).as_posix() for p in NOTEBOOKS if p.stem != 'index']
+    rows = set(re.findall(r'^\| \[[^]]+\]\(([^)]+)\) \| ', text, re.M))
+    lacking = [n for n in names if n not in rows]
+    assert not lacking, (
+        f'give them a row in the table of nbs/index.ipynb, then make readme: {lacking}'
+    )
 
 
-def test_public_methods_have_docstrings():
-    silent = [
-        f'{room}.{name}.{f.name}'
-        for room, name, n, _ in _public()
-        if isinstance(n, ast.ClassDef)
-        for f in n.body
-        if isinstance(f, ast.FunctionDef)
-        and not f.name.startswith('_')
-        and not ast.get_docstring(f)
-    ]
+# --- public names
+
+
+def exported_names(tree):
+    "What a module's __all__ lists."
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '__all__':
+            return ast.literal_eval(node.value)
+    return []
+
+
+def is_patch(node):
+    "Whether a function is a method, told by `@patch`."
+    decorators = [d.func if isinstance(d, ast.Call) else d for d in node.decorator_list]
+    return any(getattr(d, 'id', '') == 'patch' for d in decorators)
+
+
+def public():
+    "(room, name, node, lines) of every public function, class and method."
+    for room in ROOMS:
+        text = room_file(room).read_text()
+        tree, lines = ast.parse(text), text.splitlines()
+        names = exported_names(tree)
+        for node in tree.body:
+            name = getattr(node, 'name', '')
+            if name in names:
+                yield room, name, node, lines
+            if isinstance(node, ast.ClassDef) and name in names:
+                yield from ((room, f'{name}.{f.name}', f, lines) for f in methods_of(node))
+            elif isinstance(node, ast.FunctionDef) and is_patch(node) and not name.startswith('_'):
+                owner = ast.unparse(node.args.args[0].annotation)
+                yield room, f'{owner}.{name}', node, lines
+
+
+def methods_of(node):
+    functions = [f for f in node.body if isinstance(f, ast.FunctionDef)]
+    return [f for f in functions if not f.name.startswith('_') or f.name == '__init__']
+
+
+def test_public_things_have_docstrings():
+    named = [(f'{room}.{name}', node) for room, name, node, _ in public()]
+    silent = [n for n, node in named if not n.endswith('__init__') and not ast.get_docstring(node)]
     assert not silent, silent
 
 
-def test_every_public_name_has_a_docstring_and_stands_in_all():
-    import importlib, fewshotmeta.all as everything
-
+def test_every_public_name_stands_in_all():
+    everything = importlib.import_module('fewshotmeta.all')
     for room in ROOMS:
         module = importlib.import_module(f'fewshotmeta.{room}')
-        for name in getattr(module, '__all__', []):
-            value = getattr(module, name)
-            assert room == 'all' or hasattr(everything, name)
-            if (
-                callable(value)
-                and getattr(value, '__module__', '').startswith('fewshotmeta')
-                and hasattr(value, '__name__')
-                and value.__name__ != '<lambda>'
-            ):
-                assert value.__doc__ and not value.__doc__.startswith(f'{name}('), (
-                    f'{room}.{name} has no docstring'
-                )
+        lacking = [n for n in module.__all__ if not hasattr(everything, n)]
+        assert not lacking, (room, lacking)
 
 
-def _public():
-    "(room, name, node, source lines) of every function and class that a room exports."
-    for room in ROOMS:
-        text = (ROOT / 'fewshotmeta' / f'{room}.py').read_text()
-        tree = ast.parse(text)
-        names = next(
-            (
-                ast.literal_eval(n.value)
-                for n in tree.body
-                if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') == '__all__'
-            ),
-            [],
-        )
-        yield from (
-            (room, n.name, n, text.splitlines())
-            for n in tree.body
-            if getattr(n, 'name', None) in names
-        )
-
-
-def _says_shapes(f, lines):
+def says_shapes(function, lines):
     "Whether the comments of the arguments or the docstring have a shape, like (tasks, n) or ()."
-    text = '\n'.join(lines[f.lineno - 1 : f.body[0].end_lineno])
-    return (
-        bool(
-            re.search(
-                r'\((\)(?! ?->|:)|[\w*+…]+, ?[^()]*\)|[\w*+…]+,\))', text.partition('Tensor')[2]
-            )
-        )
-        or 'shape' in text
-    )
+    text = '\n'.join(lines[function.lineno - 1 : function.body[0].end_lineno])
+    shape = r'\((\)(?! ?->|:)|[\w*+…]+, ?[^()]*\)|[\w*+…]+,\))'
+    return bool(re.search(shape, text.partition('Tensor')[2])) or 'shape' in text
+
+
+def takes_tensors(function):
+    arguments = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+    return any('Tensor' in ast.unparse(a.annotation) for a in arguments if a.annotation)
 
 
 def test_tensors_have_shapes():
-    methods = {}  # a method says them once, where it is defined first
-
-    def takes(f):
-        return any(
-            'Tensor' in ast.unparse(a.annotation)
-            for a in f.args.posonlyargs + f.args.args + f.args.kwonlyargs
-            if a.annotation
-        )
-
-    public = [
-        (room, name, f, lines)
-        for room, name, n, lines in _public()
-        for f in (n.body if isinstance(n, ast.ClassDef) else [n])
-        if isinstance(f, ast.FunctionDef) and (not f.name.startswith('_') or f.name == '__init__')
-    ]
-    for room, name, f, lines in public:
-        methods[f.name] = methods.get(f.name, False) or _says_shapes(f, lines)
-    assert not (
-        silent := [
-            (room, name, f.name)
-            for room, name, f, lines in public
-            if takes(f) and not methods[f.name]
-        ]
-    ), silent
+    "A method says its shapes once, where it is defined first."
+    found = [p for p in public() if isinstance(p[2], ast.FunctionDef)]
+    told = {f.name for _, _, f, lines in found if says_shapes(f, lines)}
+    silent = [(room, n) for room, n, f, _ in found if takes_tensors(f) and f.name not in told]
+    assert not silent, silent
 
 
 def test_every_public_function_and_class_has_an_example_or_a_test():
-    cells = [
-        ''.join(c['source'])
-        for p in NOTEBOOKS
-        for c in json.loads(p.read_text())['cells']
-        if c['cell_type'] == 'code'
-    ]
-    text = '\n'.join(
-        [c for c in cells if not re.search(r'^#\|\s*(export|default_exp)', c, re.M)]
-        + [p.read_text() for p in (ROOT / 'tests').glob('*.py')]
-    )
+    cells = [source(c) for p in NOTEBOOKS for c in codes_of(p)]
+    shown = [c for c in cells if not re.search(r'^#\|\s*(export|default_exp)', c, re.M)]
+    text = '\n'.join([*shown, *(p.read_text() for p in (ROOT / 'tests').glob('*.py'))])
     words = set(re.findall(r'\w+', text))
-    assert not (idle := [f'{room}.{name}' for room, name, *_ in _public() if name not in words]), (
-        idle
-    )
+    idle = [
+        f'{room}.{name}' for room, name, *_ in public() if '.' not in name and name not in words
+    ]
+    assert not idle, idle
+
+
+# --- the package
 
 
 def test_no_pickle():
-    for path in (ROOT / 'fewshotmeta').glob('*.py'):
-        assert not re.search(
-            r'torch\.load\(|torch\.save\(|\bpickle\b|allow_pickle', path.read_text()
-        ), path
+    forbidden = r'torch\.load\(|torch\.save\(|\bpickle\b|allow_pickle'
+    for path in PACKAGE.rglob('*.py'):
+        assert not re.search(forbidden, path.read_text()), path
 
 
 def test_settings_and_project_agree():
-    settings, project = (
-        configparser.ConfigParser(interpolation=None),
-        tomllib.loads((ROOT / 'pyproject.toml').read_text()),
-    )
-    settings.read(ROOT / 'settings.ini')
-    s = settings['DEFAULT']
     import fewshotmeta
 
-    assert (
-        s['version'] == fewshotmeta.__version__
-        and s['allowed_cell_metadata_keys'] == 'tags'
-        and s['update_pyproject'] == 'False'
-    )
-    assert (
-        project['project']['requires-python'] == f'>={s["min_python"]}'
-        and 'nbdev' not in project['tool']
-    )
-    needs = {re.split(r'[<>=]', d)[0] for d in project['project']['dependencies']}
-    assert set(s['requirements'].split()) <= needs and not any(
-        'nbdev' in d for d in project['project']['dependencies']
-    )
+    s, p = settings(), project()
+    assert s['version'] == fewshotmeta.__version__
+    assert s['allowed_cell_metadata_keys'] == 'tags' and s['update_pyproject'] == 'False'
+    assert p['requires-python'] == f'>={s["min_python"]}'
+    needs = {re.split(r'[<>=]', d)[0] for d in p['dependencies']}
+    assert set(s['requirements'].split()) <= needs
+    assert not any('nbdev' in d for d in p['dependencies'])
+    fastcore = [d for d in p['dependencies'] if d.startswith('fastcore')]
+    assert fastcore and '<' not in fastcore[0], 'only the extra nbdev needs an upper bound'
+
+
+def run_python(code):
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def test_importing_the_package_needs_no_nbdev_and_no_plots():
-    code = 'import sys; import fewshotmeta.all; print([m for m in ("nbdev", "matplotlib.pyplot", "papermill", "pandas", "torchvision") if m in sys.modules])'
-    assert (
-        subprocess.run(
-            [sys.executable, '-c', code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == '[]'
-    )
+    heavy = ('nbdev', 'matplotlib.pyplot', 'papermill', 'pandas', 'torchvision')
+    code = f'import sys; import fewshotmeta.all; print([m for m in {heavy} if m in sys.modules])'
+    assert run_python(code) == '[]'
 
 
 def test_package_data_is_installed():
-    from importlib import resources
+    lists = ['cub.json', 'emnist.json', 'glyphs.json', 'mini_imagenet.json', 'omniglot.json']
+    assert sorted(p.name for p in (PACKAGE / 'data' / 'splits').glob('*.json')) == lists
+    patterns = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['setuptools']
+    covered = set()
+    for package, globs in patterns['package-data'].items():
+        folder = ROOT / package.replace('.', '/')
+        covered |= {p for pattern in globs for p in folder.glob(pattern)}
+    data = {p for p in PACKAGE.rglob('*') if p.is_file() and p.suffix in ('.json', '.csv', '.c')}
+    assert data == covered, data ^ covered
 
-    assert sorted(
-        p.name
-        for p in (resources.files('fewshotmeta') / 'splits').iterdir()
-        if p.name.endswith('.json')
-    ) == ['cub.json', 'emnist.json', 'glyphs.json', 'mini_imagenet.json', 'omniglot.json']
+
+def test_result_files_are_not_notebooks_of_this_machine():
+    "A notebook's metadata says nothing of who ran it."
+    for path in NOTEBOOKS:
+        metadata = json.loads(path.read_text())['metadata']
+        assert set(metadata) <= {'kernelspec', 'language_info'}, (path, metadata)

@@ -2,13 +2,6 @@
 
 import pytest, torch, torch.nn.functional as F
 from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
 from test_maml import assert_slope, noise
 
 HALF = dict(warm=0, over=9, epochs=16)  # progress .25: epoch 4, p = .5; progress .9: p = 0

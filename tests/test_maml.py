@@ -3,9 +3,6 @@
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
 from fewshotmeta.training.gradient import meta_gradient
 
 

@@ -2,11 +2,6 @@
 
 import pytest, torch, torch.nn.functional as F
 from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
 from test_maml import assert_slope, noise
 
 ALL = ('msl', 'da', 'bnwb', 'lslr')

@@ -3,13 +3,6 @@
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
 from test_hypermaml import plain_embedding
 from test_maml import assert_slope, gradient, noise
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import nbformat, pytest
 from conftest import ROOT
 from fewshotmeta.all import *
-from fewshotmeta.all import *
 from fewshotmeta.lab.runs import default_name, merge_parameters, parse_value
 
 REPORT = 'from fewshotmeta.lab.runs import report\nreport(square=dict(mean=x*x, ci95=None, n=1))'

@@ -3,10 +3,6 @@
 import os, random, signal, subprocess, sys, time
 import numpy as np, pytest, torch
 from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
-from fewshotmeta.all import *
 
 
 @pytest.fixture
