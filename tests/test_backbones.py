@@ -142,7 +142,7 @@ def test_from_module():
     body = from_module(module, 1, 16)
     assert (
         body.out_features == 16
-        and body.norm == 'transductive'
+        and body.norm.transductive
         and body.norm_names == {'1.weight', '1.bias'}
     )
     p, x = body.init(), torch.rand(2, 6, 1, 16, 16)

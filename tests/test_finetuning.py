@@ -216,15 +216,14 @@ def test_names_of_the_classes_do_not_matter(make):
 
 
 def test_what_is_remembered_is_what_evaluation_mode_uses(noise_bank):
-    "The stored statistics are PyTorch's running ones (with the biased variance), and so are the features."
-    m, batches = SimpleShot(conv4(size=16, filters=8), 40), ImageBatches(noise_bank, 8)
+    "The stored statistics are PyTorch's running ones (with the biased variance)."
+    body = conv4(size=16, filters=8, conv_init='he_fan_out')  # its biases are not zero
+    m, batches = SimpleShot(body, 40), ImageBatches(noise_bank, 8)
     net = torch.nn.BatchNorm2d(8, momentum=0.1)
     before = {k: v.detach().clone() for k, v in m.theta.items()}
     fit(m, batches, 3, meta_batch=1, meta_lr=1e-30, progress=False)
     for i in range(3):
-        net(
-            F.conv2d(batches[i].xq, before['conv1.weight'], padding=1)
-        )  # the norm subtracts the bias again
+        net(F.conv2d(batches[i].xq[0], before['conv1.weight'], before['conv1.bias'], padding=1))
     assert torch.allclose(m.buffers['norm1.mean'][0], net.running_mean, atol=1e-6)
     n = 8 * 16 * 16
     assert torch.allclose(

@@ -89,7 +89,7 @@ def plain_loop(m, ep, order=2):
                 stride=2 if net.down == 'stride' else 1,
                 padding=1,
             )
-            if net.norm == 'transductive':
+            if net.norm.transductive:
                 x = F.batch_norm(
                     x, None, None, p.get(f'norm{i}.weight'), p[f'norm{i}.bias'], True, 0.0, net.eps
                 )

@@ -1,8 +1,11 @@
-"""Protocols: the same tasks for every method and seed, no class on two sides, every learner by name."""
+"""Protocols: the same tasks for every method and seed, every learner by name, plugins."""
 
-import pytest, torch
+import pytest
+import torch
+from conftest import ROOT
 from fewshotmeta.all import *
-from fewshotmeta.lab.protocols import LEARNERS, OPTIONS, SETTINGS
+
+SIZES = dict(filters=4, n_max=3, inner_steps=2)
 
 
 @pytest.fixture(scope='module')
@@ -10,62 +13,55 @@ def tasks():
     return samplers('glyphs', n_way=3, n_query=2, test_query=3)
 
 
-@pytest.mark.parametrize('method', LEARNERS)
+@pytest.mark.parametrize('method', list(LEARNERS))
 def test_every_learner_by_name(method, tasks):
-    learner = make_learner(method, tasks.train, filters=4, n_max=3, inner_steps=2)
-    batches = training_batches(method, tasks.train)
+    learner = make_learner(method, tasks.train, **SIZES)
     before = {k: v.detach().clone() for k, v in learner.theta.items()}
-    fit(learner, batches, 1, 2, optimizer='sgd' if method == 'reptile' else 'adam', progress=False)
+    optimizer = 'sgd' if method == 'reptile' else 'adam'
+    batches = training_batches(learner, tasks.train)
+    fit(learner, batches, 1, 2, optimizer=optimizer, progress=False)
     assert any(not torch.equal(v, before[k]) for k, v in learner.theta.items())
-    assert (
-        0 <= evaluate(learner, tasks.test, 2).mean <= 1
-        and evaluate(learner.with_norm('support'), tasks.test, 2).transductive is False
-    )
+    assert 0 <= evaluate(learner, tasks.test, 2).mean <= 1
+    assert learner.can_use('support')
+    assert evaluate(learner.with_norm('support'), tasks.test, 2).transductive is False
 
 
 @pytest.mark.parametrize('protocol', SETTINGS)
 def test_a_protocol_is_network_and_head(protocol, tasks):
     a, b = (make_learner('maml', tasks.train, protocol, filters=4, seed=s) for s in (0, 1))
-    assert {**vars(a.backbone)} == {**vars(conv4(1, 28, protocol, filters=4))} and not torch.equal(
-        a.theta['head.weight'], b.theta['head.weight']
-    )
+    assert a.backbone == conv4(1, 28, protocol, filters=4)
+    assert not torch.equal(a.theta['head.weight'], b.theta['head.weight'])
     assert ('norm1.bias' in a.adapted) == (SETTINGS[protocol].adapts is everything)
 
 
 def test_changes_of_the_network(tasks):
     assert make_learner('maml', tasks.train, down='stride').backbone.down == 'stride'
-    assert (
-        make_learner('maml', tasks.train, norm='per_step', inner_steps=4).backbone.norm_steps == 4
-        and make_learner(
-            'hypermaml', tasks.train, norm='per_step', inner_steps=4
-        ).backbone.norm_steps
-        == 1
-    )
+    rows = dict(maml=4, hypermaml=1, simple_shot=1)
+    for method, expected in rows.items():
+        learner = make_learner(method, tasks.train, norm='per_step', inner_steps=4)
+        assert learner.backbone.norm_steps == expected
 
 
 def test_test_tasks_are_the_same_whoever_asks(tasks):
-    others = [
-        samplers('glyphs', n_way=3, n_query=n, test_query=3, seed=seed, train_ways=ways)
-        for n, seed, ways in ((5, 1, ()), (2, 7, [2, 6]))
-    ]
-    assert {t.test.digest(20) for t in others} == {tasks.test.digest(20)} and {
-        t.valid.digest(20) for t in others
-    } == {tasks.valid.digest(20)}
-    assert others[0].train.digest(20) != tasks.train.digest(20) and others[1].train.way_range == (
-        2,
-        6,
-    )
+    asked = ((5, 1, ()), (2, 7, [2, 6]))
+    others = []
+    for n, seed, ways in asked:
+        sizes = dict(n_way=3, n_query=n, test_query=3)
+        others.append(samplers('glyphs', seed=seed, train_ways=ways, **sizes))
+    assert {t.test.digest(20) for t in others} == {tasks.test.digest(20)}
+    assert {t.valid.digest(20) for t in others} == {tasks.valid.digest(20)}
+    assert others[0].train.digest(20) != tasks.train.digest(20)
+    assert others[1].train.way_range == (2, 6)
     names = [set(s.bank.classes) for s in (tasks.train, tasks.valid, tasks.test)]
     assert not names[0] & names[1] and not names[0] & names[2] and not names[1] & names[2]
 
 
 @pytest.mark.parametrize('protocol', SETTINGS)
 def test_real_omniglot_of_each_protocol(real_data, protocol):
-    t = samplers('omniglot', 'emnist' if protocol == 'hypermaml2022' else '', protocol)
-    looks = (0.485, 0.456, 0.406) if protocol == 'hypermaml2022' else 0.0
-    assert t.train.mean == looks == t.test.mean and t.train.bank.images.shape[1] == (
-        3 if protocol == 'hypermaml2022' else 1
-    )
+    colour = protocol == 'hypermaml2022'
+    t = samplers('omniglot', 'emnist' if colour else '', protocol)
+    assert t.train.mean == t.test.mean == ((0.485, 0.456, 0.406) if colour else 0.0)
+    assert t.train.bank.images.shape[1] == (3 if colour else 1)
     assert (t.valid is None) == (protocol == 'drumond2020')
     dark = t.train.bank.images[:200].float().mean() < 128
     assert dark == (protocol == 'finn2017')  # Finn inverts: light strokes on a dark ground
@@ -77,16 +73,17 @@ def test_real_omniglot_of_each_protocol(real_data, protocol):
         (lambda t: make_learner('mamlplus', t.train), "method='mamlplus': choose one of 'maml'"),
         (lambda t: make_learner('maml', t.train, 'finn'), "protocol='finn': choose one of"),
         (lambda t: make_learner('maml', t.train, width=3), "option='width': choose one of"),
+        (lambda t: make_learner('maml', t.train, backbone='vit'), "backbone='vit': choose one of"),
         (lambda t: samplers('emnist', protocol='hypermaml2022'), 'emnist has no train classes'),
         (
             lambda t: samplers('omniglot', protocol='hypermaml2022'),
-            'omniglot has no test classes under protocol=.hypermaml2022.: choose another test_data, say emnist',
+            'omniglot has no test classes under protocol=.hypermaml2022.: choose another test_data',
         ),
         (lambda t: samplers('glyphs', train_ways=[3]), 'train_ways=.3.: the fewest and the most'),
-        (
-            lambda t: split_bank('glyphs', 'novel'),
-            "part='novel': choose one of 'train', 'val', 'test'",
-        ),
+        (lambda t: split_bank('glyphs', 'novel'), "part='novel': choose one of 'train', 'val'"),
+        (lambda t: import_plugin('nowhere.py'), "plugin='nowhere.py': neither"),
+        (lambda t: import_plugin('no_such_module_at_all'), 'no such module'),
+        (lambda t: named_values(['portion']), "options: 'portion': expected name=value"),
     ],
 )
 def test_refusals(tasks, bad, words, request):
@@ -97,9 +94,69 @@ def test_refusals(tasks, bad, words, request):
 
 
 def test_options_are_those_of_the_train_notebook():
-    from conftest import ROOT
-
     params = read_parameters(ROOT / 'nbs' / 'experiments' / 'train.ipynb')
-    for k, v in OPTIONS.items():
-        if k not in ('n_max', 'inner_lr'):
-            assert params[k].default == (list(v) if isinstance(v, tuple) else v), k
+    for name, default in known_options().items():
+        if name not in ('n_max', 'inner_lr'):
+            assert params[name].default == (
+                list(default) if isinstance(default, tuple) else default
+            )
+
+
+# --- plugins
+
+PLUGIN = '''
+from torch import nn
+from fewshotmeta.all import *
+
+@LEARNERS.register('half_maml')
+def half_maml(backbone, setting, *, inner_lr=0.1, inner_steps=1, portion=0.5):
+    "MAML at a portion of its rate."
+    return MAML(backbone, setting.n_way, inner_lr * portion, inner_steps, **setting.fresh)
+
+@BACKBONES.register('linear')
+def linear(channels, size):
+    "One linear layer."
+    return from_module(nn.Sequential(nn.Flatten(), nn.Linear(channels * size**2, 8)), channels, size)
+'''
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    "A file that registers a method and a backbone, forgotten after the test."
+    for registry in (LEARNERS, BACKBONES):
+        monkeypatch.setattr(registry, 'notes', dict(registry.notes))
+    before = dict(LEARNERS), dict(BACKBONES)
+    (tmp_path / 'half.py').write_text(PLUGIN)
+    monkeypatch.setenv('FEWSHOTMETA_FROM', str(tmp_path))
+    yield 'half.py'
+    for registry, old in zip((LEARNERS, BACKBONES), before):
+        registry.clear()
+        registry.update(old)
+
+
+def test_a_plugin_registers_a_method_and_a_backbone(plugin, tasks):
+    import_plugin(plugin)
+    options = named_values(['portion=0.25'])
+    learner = make_learner('half_maml', tasks.train, backbone='linear', inner_lr=0.4, **options)
+    assert learner.inner_lr == pytest.approx(0.1) and learner.backbone.out_features == 8
+    assert learner.n_way == 3 and not learner.can_use('support')
+    fit(learner, training_batches(learner, tasks.train), 1, 2, progress=False)
+    assert 0 <= evaluate(learner, tasks.test, 2).mean <= 1
+
+
+def test_a_backbone_says_what_it_takes(plugin, tasks):
+    import_plugin(plugin)
+    words = "filters=8: the backbone 'linear' takes channels, size alone"
+    with pytest.raises(ValueError, match=words):
+        make_learner('maml', tasks.train, backbone='linear', filters=8)
+
+
+def test_values_of_options_are_numbers_where_they_look_like_numbers():
+    given = ['a=1', 'b=0.5', 'c=[1, 2]', 'd=row_mean', 'e=True', 'f=x=y']
+    expected = dict(a=1, b=0.5, c=[1, 2], d='row_mean', e=True, f='x=y')
+    assert named_values(given) == expected
+
+
+def test_another_thing_of_the_same_name_is_refused():
+    with pytest.raises(ValueError, match="method='maml' is taken by fewshotmeta.learners.maml"):
+        LEARNERS.register('maml')(samplers)
