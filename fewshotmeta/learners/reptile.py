@@ -12,7 +12,7 @@ from .maml import LEARNERS, MAML, MetaLoss, task_losses
 
 # %% ../../nbs/learners/14_reptile.ipynb #78f2084e
 class Reptile(MAML):
-    "Reptile (Nichol et al. 2018; HIDRA, eq. 2.3): the meta-gradient is the start minus where plain descent on all images ends."
+    "Reptile (Nichol et al. 2018; HIDRA, eq. 2.3): move the start towards where descent ends."
 
     def moment(self, progress: float) -> tuple[tuple, list[float]]:
         "Nothing of it depends on the progress."
@@ -24,8 +24,9 @@ class Reptile(MAML):
         progress: float = 0.0,  # not looked at
         numbers=None,  # nor these
     ) -> MetaLoss:
-        "A loss whose value is the query loss after adaptation to all images, and whose gradient is θ − θ_b."
-        xs, ys = torch.cat([episodes.xs, episodes.xq], 1), torch.cat([episodes.ys, episodes.yq], 1)
+        "Give the query loss after adaptation to all images; its gradient is θ − θ_b."
+        xs = torch.cat([episodes.xs, episodes.xq], 1)
+        ys = torch.cat([episodes.ys, episodes.yq], 1)
         seen = [] if self.buffers else None
         for fast in self.trajectory(xs, ys, seen=seen):
             pass
@@ -33,10 +34,9 @@ class Reptile(MAML):
             logits, _ = self.logits(fast, episodes.xq, max(fast.steps - 1, 0))
         start = self.head.start(self.theta, self._check(xs, ys))
         way = sum((start[k] - fast.params[k]).square().flatten(1).sum(1) / 2 for k in self.adapted)
+        loss = task_losses(logits, episodes.yq) + way - way.detach()
         right = (logits.argmax(-1) == episodes.yq).float().mean(1)
-        return MetaLoss(
-            task_losses(logits, episodes.yq) + way - way.detach(), right, self.remembered(seen)
-        )
+        return MetaLoss(loss, right, self.remembered(seen))
 
 # %% ../../nbs/learners/14_reptile.ipynb #8f4b3d64
 @LEARNERS.register('reptile')
