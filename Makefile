@@ -1,6 +1,7 @@
 # Two commands do everything: `make run` and `make test`. Both set up what they need, once.
 PYTHON ?= python3
-# what `pip install` is given for PyTorch, e.g. TORCH="torch torchvision --index-url https://download.pytorch.org/whl/cpu"
+# what `pip install` is given for PyTorch; the small one without CUDA is
+#   TORCH="torch torchvision --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch torchvision
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,13 +13,20 @@ FLAGS := $(if $(FEWSHOTMETA_DATA),--flags data,)
 
 PORT ?= 8000
 
-.PHONY: run test lab clean readme docs docs-serve reliability clean-check export-check readme-check notebooks pytest
+.PHONY: run test test-site lab clean readme docs docs-serve reliability
+.PHONY: clean-check export-check readme-check notebooks pytest
 .DEFAULT_GOAL := run
 
 run: $(READY)
-	$(BIN)/fewshotmeta run nbs/experiments/train.ipynb --name glyphs/first_run -p inner_lr=0.1 meta_lr=0.003 schedule=cosine meta_batch=4 iterations=600 valid_every=200 valid_tasks=100 test_tasks=200 scale=short
+	$(BIN)/fewshotmeta run nbs/experiments/train.ipynb --name glyphs/first_run -p \
+	  inner_lr=0.1 meta_lr=0.003 schedule=cosine meta_batch=4 iterations=600 \
+	  valid_every=200 valid_tasks=100 test_tasks=200 scale=short
 
 test: clean-check export-check readme-check notebooks pytest
+
+# the site, built from clean and read in a browser
+test-site: $(READY)
+	$(ONE_THREAD) $(BIN)/pytest tests/test_site.py
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir nbs
@@ -34,7 +42,7 @@ docs: $(READY)
 docs-serve: $(READY)
 	$(ONE_THREAD) $(BIN)/python nbs/_site/build.py --serve --port $(PORT)
 
-# every reliability test at full length (half an hour), and the table of 32_batches
+# every reliability test at full length (half an hour), and the table on the page Workers
 reliability: $(READY)
 	$(ONE_THREAD) $(BIN)/python tests/reliability.py
 
@@ -55,10 +63,11 @@ notebooks: $(READY)
 	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2 --timing $(FLAGS)
 
 pytest: $(READY)
-	$(ONE_THREAD) $(BIN)/pytest -n 2 --dist loadgroup
+	$(ONE_THREAD) $(BIN)/pytest -n 2 --dist loadgroup --ignore tests/test_site.py
 
 $(READY): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"fewshotmeta needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.12 …")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fewshotmeta needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -q $(TORCH)
 	$(BIN)/pip install --disable-pip-version-check -q -e '.[dev,docs]'
