@@ -31,7 +31,11 @@ from .training.gradient import *
 from .training.checkpoints import *
 from .training.evaluation import *
 from .training.fit import *
+from .training.cases import *
+from .training.candidates import *
 from .training.timing import *
+from .training.bench import *
+from .training.targets import *
 from .lab.runs import *
 from .lab.published import *
 from .lab.batches import *
