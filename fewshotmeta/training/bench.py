@@ -79,7 +79,7 @@ def _line_of(row):
     )
     return text + (f'  {row["peak_bytes"] / 2**20:6.0f} MB' if row['peak_bytes'] else '')
 
-
+# %% ../../nbs/training/08_bench.ipynb #9da8a89a
 def _measure(case, pairs, rounds, memory, device, ceiling, say):
     "The rows of one case, each said as it comes."
     runs = [(name, keep) for name, keep in pairs if CANDIDATES[name].can_run(case, device)]
@@ -115,7 +115,7 @@ def _line(xs, ys):
     spread = sum((y - my) ** 2 for y in ys) or 1.0
     return dict(slope=slope, intercept=my - slope * mx, r2=1 - left / spread)
 
-
+# %% ../../nbs/training/08_bench.ipynb #1ac68d33
 def _curve(what, values, base, rounds, device):
     "Milliseconds of our plan against one field of the case, and their line."
     cases = [replace(base, **{what: value}) for value in values]
@@ -176,7 +176,7 @@ def _episode_share():
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 
-# %% ../../nbs/training/08_bench.ipynb #94df8480
+# %% ../../nbs/training/08_bench.ipynb #4859531b
 def _chosen(cases, quick):
     "The cases whose names the pattern matches."
     every = CASES + ADAPTATION + LONG
@@ -188,7 +188,7 @@ def _chosen(cases, quick):
         raise ValueError(f'no case matches {cases!r}: they are {names}')
     return chosen
 
-
+# %% ../../nbs/training/08_bench.ipynb #94df8480
 def bench(
     cases: str = '*',  # names of cases to run, a pattern
     rounds: int = 7,  # counted rounds

@@ -28,7 +28,7 @@ from .gradient import meta_gradient
 class Candidate:
     "Something that computes a case, and what it can do."
 
-    prepare: Callable  # (case, device, options) to a function that does the work once
+    prepare: Callable  # (case, device) to a function that does the work once
     cpu: bool = True  # has something to show on a CPU
     gpu: bool = True  # has something to show on a GPU
     adapts: bool = True  # knows adaptation alone
@@ -131,7 +131,7 @@ def _task_by_task(model, episodes, task):
 
     return step
 
-
+# %% ../../nbs/training/06_candidates.ipynb #617d2fb1
 def _learn2learn(case, device):
     "learn2learn's MAML."
     import learn2learn
@@ -148,20 +148,20 @@ def _learn2learn(case, device):
 
     return _task_by_task(maml, case.episodes(device), task)
 
-
+# %% ../../nbs/training/06_candidates.ipynb #86269f43
 def _higher(case, device):
     "MAML in higher's inner-loop context."
     import higher
 
     model = _model(case, device)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    how = dict(
+    options = dict(
         copy_initial_weights=False,
         track_higher_grads=METHODS[case.method].order == 2,
     )
 
     def task(xs, ys, xq, yq):
-        with higher.innerloop_ctx(model, inner, **how) as (mine, optimizer):
+        with higher.innerloop_ctx(model, inner, **options) as (mine, optimizer):
             for _ in range(case.steps):
                 optimizer.step(F.cross_entropy(mine(xs), ys))
             (F.cross_entropy(mine(xq), yq) / case.tasks).backward()

@@ -122,7 +122,7 @@ def _forward_work(case):
 
 @patch
 def work(self: Case) -> float:  # GFLOP
-    "Count the convolutions of one meta-iteration, or of one adaptation and prediction of all tasks."
+    "Count the convolutions of one meta-iteration, or of adapting to all tasks and predicting."
     method = METHODS[self.method]
     first, rest = _forward_work(self)
 
