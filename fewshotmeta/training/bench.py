@@ -110,7 +110,8 @@ CURVES = dict(
 def _line(xs, ys):
     "Least squares: slope, intercept, R²."
     mx, my = statistics.mean(xs), statistics.mean(ys)
-    slope = sum((x - mx) * (y - my) for x, y in zip(xs, ys)) / sum((x - mx) ** 2 for x in xs)
+    width = sum((x - mx) ** 2 for x in xs)
+    slope = sum((x - mx) * (y - my) for x, y in zip(xs, ys)) / width
     left = sum((y - my - slope * (x - mx)) ** 2 for x, y in zip(xs, ys))
     spread = sum((y - my) ** 2 for y in ys) or 1.0
     return dict(slope=slope, intercept=my - slope * mx, r2=1 - left / spread)
