@@ -1,5 +1,8 @@
-"""Every reliability test at full length, and what a batch itself costs: `make reliability` writes runs/reliability/reliability.json.
-`reliability.py costs` (times: nothing else should run) and `reliability.py test_slurm.py …` make a part anew."""
+"""Every reliability test at full length, and what a batch itself costs.
+
+`make reliability` writes runs/reliability/reliability.json. `reliability.py costs` (times: nothing
+else should run) and `reliability.py test_slurm.py …` make a part anew.
+"""
 
 import json, os, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -31,11 +34,11 @@ def tests(folder, name):
     print(out.stdout, flush=True)
     if out.returncode:
         sys.exit(f'a test of {name} failed: nothing of it was written')
-    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    said = out.stdout.strip().splitlines()
     return dict(
-        rows=rows,
-        said=out.stdout.strip().splitlines()[-1].strip('= '),
-        skipped=[l for l in out.stdout.splitlines() if l.startswith('SKIPPED')],
+        rows=[json.loads(line) for line in kept.read_text().splitlines()],
+        said=said[-1].strip('= '),
+        skipped=[line for line in said if line.startswith('SKIPPED')],
     )
 
 
@@ -43,33 +46,23 @@ def command(*args):
     return [sys.executable, '-m', 'fewshotmeta.lab.command', *map(str, args)]
 
 
+def quietly(*args):
+    "Seconds of a command, whose output is not shown."
+    start = time.perf_counter()
+    subprocess.run(command(*args), check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
 def overhead(folder, n=40, jobs=2):
     "Wall time of a batch of smoke runs against the runs' own work."
-    (folder / 'train.ipynb').write_bytes(
-        (ROOT / 'nbs' / 'experiments' / 'train.ipynb').read_bytes()
-    )
-    (folder / 'forty.yaml').write_text(
-        yaml.dump(
-            dict(
-                experiment='train.ipynb',
-                runs=dict(maml=dict(seed=list(range(n)))),
-                scales=dict(smoke={}),
-            )
-        )
-    )
-    subprocess.run(
-        command('run', folder / 'train.ipynb', '--runs', folder / 'warm'),
-        check=True,
-        capture_output=True,
-    )  # banks and kernels are built
-    t = time.perf_counter()
-    subprocess.run(
-        command('batch', folder / 'forty.yaml', '--runs', folder / 'runs', '--jobs', jobs),
-        check=True,
-        capture_output=True,
-    )
-    wall = time.perf_counter() - t
-    own = sum(read_json(f)['seconds'] for f in (folder / 'runs').glob('forty/*/result.json'))
+    notebook, batch = folder / 'train.ipynb', folder / 'forty.yaml'
+    notebook.write_bytes((ROOT / 'nbs' / 'experiments' / 'train.ipynb').read_bytes())
+    runs = dict(maml=dict(seed=list(range(n))))
+    batch.write_text(yaml.dump(dict(experiment='train.ipynb', runs=runs, scales=dict(smoke={}))))
+    quietly('run', notebook, '--runs', folder / 'warm')  # banks and kernels are built
+    wall = quietly('batch', batch, '--runs', folder / 'runs', '--jobs', jobs)
+    results = (folder / 'runs').glob('forty/*/result.json')
+    own = sum(read_json(result)['seconds'] for result in results)
     return dict(
         what=f'{n} smoke runs, {jobs} at a time: wall time against the runs\' own work',
         runs=n,
@@ -82,21 +75,14 @@ def overhead(folder, n=40, jobs=2):
 def looking(folder, n=1000):
     "Seconds of `status` and `results` over many finished runs; medians of five."
     one = read_json(sorted((ROOT / 'runs').glob('*/*/result.json'))[0])
+    many = folder / 'many'
     for i in range(n):
-        write_json(
-            folder / 'many' / f'table{i // 50}' / f'run{i}' / 'result.json',
-            one | dict(experiment=f'table{i // 50}', run=f'run{i}'),
-        )
+        experiment, run = f'table{i // 50}', f'run{i}'
+        result = one | dict(experiment=experiment, run=run)
+        write_json(many / experiment / run / 'result.json', result)
 
-    def median(*args):
-        times = []
-        for _ in range(5):
-            t = time.perf_counter()
-            subprocess.run(
-                command(*args, '--runs', folder / 'many'), check=True, capture_output=True
-            )
-            times.append(time.perf_counter() - t)
-        return round(sorted(times)[2], 2)
+    def median(command):
+        return round(sorted(quietly(command, '--runs', many) for _ in range(5))[2], 2)
 
     return dict(
         what=f'looking at {n} finished runs',
@@ -106,17 +92,17 @@ def looking(folder, n=1000):
     )
 
 
+def costs(folder):
+    return dict(rows=[looking(folder), overhead(folder)])
+
+
 def main(parts):
     path = ROOT / 'runs' / 'reliability' / 'reliability.json'
     for part in parts:
         with tempfile.TemporaryDirectory() as tmp:
-            found = (
-                tests(Path(tmp), part)
-                if part in TESTS
-                else dict(rows=[looking(Path(tmp)), overhead(Path(tmp))])
-            )
-        all_ = read_json(path) if path.exists() else {}
-        write_json(path, all_ | {part: found | dict(device=device_name(), **provenance())})
+            found = tests(Path(tmp), part) if part in TESTS else costs(Path(tmp))
+        before = read_json(path) if path.exists() else {}
+        write_json(path, before | {part: found | dict(device=device_name(), **provenance())})
 
 
 if __name__ == '__main__':

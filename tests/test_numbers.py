@@ -1,4 +1,7 @@
-"""Every number of a report can be traced: report = result JSON = injected parameters = batch file, and published = data file."""
+"""Every number of a report can be traced.
+
+Report = result JSON = injected parameters = batch file, and published = data file.
+"""
 
 import ast, json, re, statistics, subprocess
 import pytest
@@ -8,70 +11,80 @@ from fewshotmeta.data.files import read_json
 from fewshotmeta.lab.published import published
 from fewshotmeta.lab.reports import NO_DATA, NO_RUN, NOT_BUILT
 
-TRACKED = [
-    ROOT / p
-    for p in subprocess.run(
-        ['git', 'ls-files', 'runs'], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
-]
+LISTED = subprocess.run(
+    ['git', 'ls-files', 'runs'], cwd=ROOT, capture_output=True, text=True, check=True
+).stdout
+TRACKED = [ROOT / path for path in LISTED.split()]
 RESULTS = [
-    f
-    for f in TRACKED
-    if re.fullmatch(r'runs/[^/]+/[^/]+/result\.json', f.relative_to(ROOT).as_posix())
+    path
+    for path in TRACKED
+    if re.fullmatch(r'runs/[^/]+/[^/]+/result\.json', path.relative_to(ROOT).as_posix())
 ]
 REPORTS = sorted((ROOT / 'nbs' / 'reports').glob('*.ipynb'))
 BATCHES = {p.stem: p for p in (ROOT / 'nbs' / 'experiments').glob('*.yaml')}
 
 
+def cells_of(notebook):
+    return json.loads(notebook.read_text())['cells']
+
+
+def markdown_of(output):
+    return ''.join(output.get('data', {}).get('text/markdown', ''))
+
+
 def injected(notebook):
     "The parameters that papermill put in, as a dict."
-    cells = [
-        c
-        for c in json.loads(notebook.read_text())['cells']
-        if 'injected-parameters' in c['metadata'].get('tags', [])
-    ]
-    return {
-        n.targets[0].id: ast.literal_eval(n.value)
-        for c in cells
-        for n in ast.parse(''.join(c['source'])).body
-    }
+    out = {}
+    for cell in cells_of(notebook):
+        if 'injected-parameters' in cell['metadata'].get('tags', []):
+            for line in ast.parse(''.join(cell['source'])).body:
+                out[line.targets[0].id] = ast.literal_eval(line.value)
+    return out
 
 
-@pytest.mark.parametrize('path', RESULTS, ids=lambda f: f'{f.parent.parent.name}/{f.parent.name}')
+def folder_name(path):
+    return f'{path.parent.parent.name}/{path.parent.name}'
+
+
+def stem(path):
+    return path.stem
+
+
+@pytest.mark.parametrize('path', RESULTS, ids=folder_name)
 def test_parameters_are_those_of_the_notebook_and_of_the_batch_file(path):
     result, given = read_json(path), injected(path.with_name('notebook.ipynb'))
-    assert {k: result['params'][k] for k in given} == given
-    assert (result['experiment'], result['run']) == (
-        path.parent.parent.name,
-        path.parent.name,
-    ) and result['scale'] == result['params']['scale']
-    if (file := BATCHES.get(result['experiment'])) and result['scale'] in SCALES:
+    params = result['params']
+    assert {k: params[k] for k in given} == given
+    assert (result['experiment'], result['run']) == (path.parent.parent.name, path.parent.name)
+    assert result['scale'] == params['scale']
+    file = BATCHES.get(result['experiment'])
+    if file and result['scale'] in SCALES:
         (planned,) = (p for p in read_batch(file, result['scale']) if p.slug == result['run'])
-        known = {
-            k: v for k, v in planned.params.items() if k in result['params']
-        }  # a notebook may have got a parameter since
-        assert result['params'] == known and set(planned.given) <= set(known)
+        # a notebook may have got a parameter since
+        known = {k: v for k, v in planned.params.items() if k in params}
+        assert params == known
+        assert set(planned.given) <= set(known)
+
+
+def rows_of(block):
+    "The rows of a Markdown table, each a list of (column, cell)."
+    head, _, *body = (re.split(r'(?<!\\)\|', line.strip())[1:-1] for line in block.splitlines())
+    names = [name.strip() for name in head]
+    return [list(zip(names, map(str.strip, line))) for line in body]
 
 
 def tables(report):
-    "The Markdown tables in a report's outputs: lists of rows, each a dict by column."
-    for c in json.loads(report.read_text())['cells']:
-        for o in c.get('outputs', []):
-            for block in re.findall(
-                r'(?:^\|.*\n?)+', ''.join(o.get('data', {}).get('text/markdown', '')), re.M
-            ):
-                head, _, *body = [
-                    [x.strip() for x in re.split(r'(?<!\\)\|', line.strip())[1:-1]]
-                    for line in block.splitlines()
-                ]
-                yield [list(zip(head, line)) for line in body]
+    "The Markdown tables in a report's outputs: lists of rows, each a list of (column, cell)."
+    for cell in cells_of(report):
+        for output in cell.get('outputs', []):
+            for block in re.findall(r'(?:^\|.*\n?)+', markdown_of(output), re.M):
+                yield rows_of(block)
 
 
 def linked(text):
-    return [
-        (ROOT / 'nbs' / 'reports' / p).resolve()
-        for p in re.findall(r'\]\(([^)]*notebook\.ipynb)\)', text)
-    ]
+    "The notebooks of runs that a text links to."
+    found = re.findall(r'\]\(([^)]*notebook\.ipynb)\)', text)
+    return [(ROOT / 'nbs' / 'reports' / path).resolve() for path in found]
 
 
 def metrics(notebooks):
@@ -80,16 +93,14 @@ def metrics(notebooks):
 
 def measured(notebooks, times):
     "Every `mean ± interval` that these runs can have been quoted with."
-    ms = metrics(notebooks)
-    out = {
-        f'{times * v["mean"]:.2f}'
-        + (f' ± {times * v["ci95"]:.2f}' if v['ci95'] is not None else '')
-        for m in ms
-        for v in m.values()
-    }
-    if len(ms) > 1:
-        for k in set.intersection(*map(set, ms)):
-            means = [times * m[k]['mean'] for m in ms]
+    every, out = metrics(notebooks), set()
+    for one in every:
+        for v in one.values():
+            interval = f' ± {times * v["ci95"]:.2f}' if v['ci95'] is not None else ''
+            out.add(f'{times * v["mean"]:.2f}{interval}')
+    if len(every) > 1:
+        for k in set.intersection(*map(set, every)):
+            means = [times * one[k]['mean'] for one in every]
             out.add(f'{statistics.fmean(means):.2f} ± {statistics.stdev(means):.2f}')
     return out
 
@@ -97,50 +108,72 @@ def measured(notebooks, times):
 PRINTED = {p.printed for p in published() if p.printed}
 
 
-@pytest.mark.parametrize('path', REPORTS, ids=lambda p: p.stem)
+def check_beside(cells, runs):
+    "A row of a table of `beside`; how many numbers of ours it had."
+    known = {(p.row, p.column) for p in published()}
+    here = {'not in our copy'}
+    if (cells['row'], cells['column']) in known:
+        here = {str(p) for p in published(row=cells['row'], column=cells['column'])}
+    assert cells['published'].split(' (')[0] in here, cells
+    if not runs:
+        assert cells['ours'] in (NO_RUN, NO_DATA, NOT_BUILT), cells
+        return 0
+    assert cells['ours'] in measured(runs, 100) | measured(runs, 1), cells
+    assert cells['scale'] in SCALES[1:], cells
+    assert int(cells['seeds']) == len(runs), cells
+    return 1
+
+
+def check_wide(row, runs):
+    "A row of a wide table, published → ours in each column; how many numbers of ours it had."
+    seen, name = 0, row[0][1]
+    for column, cell in row[1:]:
+        if ' → ' not in cell:
+            continue
+        theirs, ours = cell.split(' → ')
+        here = {str(p) for p in published(row=name, column=column)}
+        assert theirs.split(' (')[0] in here, (name, column, cell)
+        if ours != '–':
+            assert ours in measured(runs, 100), (name, column, cell)
+            seen += 1
+    return seen
+
+
+INTERVAL = r'(?<![\d.+-])\d+\.\d\d ± \d+\.\d\d(?!\d)'
+
+
+def check_any(text, runs):
+    "Any other row: each interval is of its run or was published; how many there were."
+    pairs = re.findall(INTERVAL, text)
+    if runs:
+        known = measured(runs, 100) | measured(runs, 1) | PRINTED
+        assert set(pairs) <= known, (set(pairs) - known, text)
+    return len(pairs) if runs else 0
+
+
+def check_row(row):
+    "How many numbers of ours a row of a report has; each was checked."
+    text, cells = ' | '.join(cell for _, cell in row), dict(row)
+    runs = linked(text)
+    for notebook in runs:
+        assert notebook.is_file(), notebook
+        assert notebook.with_name('result.json').is_file(), notebook
+    if {'row', 'column', 'published', 'ours'} <= set(cells):
+        return check_beside(cells, runs)
+    if {'±', 'queries', 'run'} <= set(cells):
+        return check_wide(row, runs)
+    return check_any(text, runs)
+
+
+@pytest.mark.parametrize('path', REPORTS, ids=stem)
 def test_numbers_of_a_report(path):
-    seen = 0
-    for table in tables(path):
-        for row in table:
-            text, cells = ' | '.join(v for _, v in row), dict(row)
-            runs = linked(text)
-            for n in runs:
-                assert n.is_file() and n.with_name('result.json').is_file(), n
-            if {'row', 'column', 'published', 'ours'} <= set(cells):  # a table of `beside`
-                here = (
-                    {str(p) for p in published(row=cells['row'], column=cells['column'])}
-                    if (cells['row'], cells['column']) in {(p.row, p.column) for p in published()}
-                    else {'not in our copy'}
-                )
-                assert cells['published'].split(' (')[0] in here, (path, row)
-                if not runs:
-                    assert cells['ours'] in (NO_RUN, NO_DATA, NOT_BUILT), row
-                else:
-                    assert (
-                        cells['ours'] in measured(runs, 100) | measured(runs, 1)
-                        and cells['scale'] in SCALES[1:]
-                        and int(cells['seeds']) == len(runs)
-                    ), (path, row)
-                    seen += 1
-            elif {'±', 'queries', 'run'} <= set(cells):  # a wide table
-                for k, v in row[1:]:
-                    if ' → ' in v:
-                        theirs, ours = v.split(' → ')
-                        assert theirs.split(' (')[0] in {
-                            str(p) for p in published(row=row[0][1], column=k)
-                        }, (row[0], k, v)
-                        if ours != '–':
-                            assert ours in measured(runs, 100), (row[0], k, v)
-                            seen += 1
-            elif runs:  # any other table: each interval is of its run or was published
-                known = measured(runs, 100) | measured(runs, 1) | PRINTED
-                for pair in re.findall(r'(?<![\d.+-])\d+\.\d\d ± \d+\.\d\d(?!\d)', text):
-                    assert pair in known, (path, pair, row)
-                    seen += 1
-    assert seen or not any('runs/' in v for t in tables(path) for r in t for _, v in r)
+    rows = [row for table in tables(path) for row in table]
+    seen = sum(map(check_row, rows))
+    assert seen or not any('runs/' in cell for row in rows for _, cell in row)
 
 
-# what a cell of a report must be: row and column as published, the run, and which of its metrics; written down here a second time
+# what a cell of a report must be, written down here a second time:
+# row and column as published, the run, and which of its metrics
 MEANT = {
     'mamlpp': [
         ('MAML++', '20-way 1-shot', 'mamlpp_t1/mamlpp_1shot', 'test_accuracy'),
@@ -201,137 +234,129 @@ MEANT = {
 def shown(report):
     "What a report shows as ours, by (row, column), in its tables of published numbers."
     out = {}
-    for table in tables(report):
-        for row in table:
-            cells = dict(row)
-            if {'row', 'column', 'published', 'ours'} <= set(cells):
-                out[cells['row'], cells['column']] = cells['ours']
-            elif {'±', 'queries', 'run'} <= set(cells):
-                out |= {(row[0][1], k): v.split(' → ')[1] for k, v in row[1:] if ' → ' in v}
+    for row in (row for table in tables(report) for row in table):
+        cells = dict(row)
+        if {'row', 'column', 'published', 'ours'} <= set(cells):
+            out[cells['row'], cells['column']] = cells['ours']
+        elif {'±', 'queries', 'run'} <= set(cells):
+            out |= {(row[0][1], k): v.split(' → ')[1] for k, v in row[1:] if ' → ' in v}
     return out
+
+
+def results_of(run):
+    "The results of a run, all its seeds, at the largest of the two scales that there is."
+    table, name = run.split('/')
+    for scale in ('paper', 'short'):
+        files = sorted((ROOT / 'runs' / table).glob(f'{name}_{scale}*/result.json'))
+        whole = re.compile(rf'{re.escape(name)}_{scale}(_seed\d+)?')
+        found = [read_json(f) for f in files if whole.fullmatch(f.parent.name)]
+        if found:
+            return found
+    return []
+
+
+def quoted(results, metric):
+    "`mean ± spread` of a metric: of several seeds, or the interval of one; none: nothing has it."
+    values = []
+    for result in results:
+        key = metric.format(**result['params'])
+        if key in result['metrics']:
+            values.append(result['metrics'][key])
+    if not values:
+        return None
+    means = [100 * v['mean'] for v in values]
+    spread = statistics.stdev(means) if len(means) > 1 else 100 * values[0]['ci95']
+    return f'{statistics.fmean(means):.2f} ± {spread:.2f}'
 
 
 @pytest.mark.parametrize('name', MEANT)
 def test_cells_are_of_the_run_and_the_metric_that_is_meant(name):
     have = shown(ROOT / 'nbs' / 'reports' / f'{name}.ipynb')
     for row, column, run, metric in MEANT[name]:
-        ours = have[row, column]
-        results = [
-            read_json(f)
-            for f in sorted((ROOT / 'runs').glob(f'{run}_short*/result.json'))
-            + sorted((ROOT / 'runs').glob(f'{run}_paper*/result.json'))
-            if re.fullmatch(
-                rf'{re.escape(run.split("/")[1])}_(short|paper)(_seed\d+)?', f.parent.name
-            )
-        ]
-        if scales := [r['scale'] for r in results]:
-            results = [r for r in results if r['scale'] == scales[-1]]
-        values = [
-            r['metrics'][k] for r in results if (k := metric.format(**r['params'])) in r['metrics']
-        ]
-        if not values:
+        ours, want = have[row, column], quoted(results_of(run), metric)
+        if want is None:
             assert ours in (NO_RUN, '–'), (row, column)
-            continue
-        means = [100 * v['mean'] for v in values]
-        spread = statistics.stdev(means) if len(means) > 1 else 100 * values[0]['ci95']
-        assert ours == f'{statistics.fmean(means):.2f} ± {spread:.2f}', (row, column, run, metric)
+        else:
+            assert ours == want, (row, column, run, metric)
 
 
 def texts(report):
     "The Markdown outputs of a report."
-    return [
-        t
-        for c in json.loads(report.read_text())['cells']
-        for o in c.get('outputs', [])
-        if (t := ''.join(o.get('data', {}).get('text/markdown', '')))
-    ]
+    every = (markdown_of(o) for c in cells_of(report) for o in c.get('outputs', []))
+    return [text for text in every if text]
 
 
 def lines(text):
-    return [
-        [x.strip() for x in line.split('|')[1:-1]]
-        for line in text.splitlines()
-        if line.startswith('| ')
-    ]
+    "The rows of a Markdown table, each a list of cells."
+    rows = (line.split('|')[1:-1] for line in text.splitlines() if line.startswith('| '))
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def check_adaptation(id, line, columns, of):
+    "A row of HyperMAML's Tables 3 and 6, against what these methods measured."
+    name, seconds, clean, as_published, accuracy, ours = line
+    method, step = ('hypermaml', 1) if name == 'HyperMAML' else ('maml', int(name.split()[1]))
+    assert seconds.split(' (')[0] == str(published(id, name, columns[0])[0])
+    assert accuracy == str(published(id, name, columns[1])[0])
+    for cell, key in ((clean, 'seconds_clean'), (as_published, 'seconds_as_published')):
+        mine = of[method][f'{key}_step_{step}']['mean']
+        base = of['maml'][f'{key}_step_1']['mean']
+        assert cell == f'{mine:.2f} ({mine / base:.2f})', (name, key)
+    found = of[method][f'accuracy_step_{step}']
+    assert ours == f'{100 * found["mean"]:.2f} ± {100 * found["ci95"]:.2f}'
 
 
 def test_seconds_and_ratios_of_adaptation():
-    "HyperMAML's Tables 3 and 6: each second, ratio and accuracy is of the run above the table, each published one of its row."
-    tables = [
-        t for t in texts(ROOT / 'nbs' / 'reports' / 'hypermaml.ipynb') if '| ours, clean |' in t
-    ]
-    assert len(tables) == 2
-    for id, text, (sec, acc) in zip(
-        ('HM-T3', 'HM-T6'),
-        tables,
-        (('seconds', 'accuracy'), ('mini-ImageNet seconds', 'mini-ImageNet accuracy')),
+    """HyperMAML's Tables 3 and 6.
+
+    Each second, ratio and accuracy is of the run above the table, each published one of its row.
+    """
+    every = texts(ROOT / 'nbs' / 'reports' / 'hypermaml.ipynb')
+    third, sixth = (text for text in every if '| ours, clean |' in text)
+    for id, text, columns in (
+        ('HM-T3', third, ('seconds', 'accuracy')),
+        ('HM-T6', sixth, ('mini-ImageNet seconds', 'mini-ImageNet accuracy')),
     ):
-        of = {
-            r['params']['method']: r['metrics']
-            for n in linked(text)
-            for r in [read_json(n.with_name('result.json'))]
-        }
-        for name, seconds, clean, as_published, accuracy, ours in lines(text)[1:]:
-            method, step = (
-                ('hypermaml', 1) if name == 'HyperMAML' else ('maml', int(name.split()[1]))
-            )
-            assert seconds.split(' (')[0] == str(published(id, name, sec)[0]) and accuracy == str(
-                published(id, name, acc)[0]
-            )
-            m, base = of[method], of['maml']
-            for shown_, key in ((clean, 'seconds_clean'), (as_published, 'seconds_as_published')):
-                assert (
-                    shown_
-                    == f'{m[f"{key}_step_{step}"]["mean"]:.2f} ({m[f"{key}_step_{step}"]["mean"] / base[f"{key}_step_1"]["mean"]:.2f})'
-                ), (name, key)
-            assert (
-                ours
-                == f'{100 * m[f"accuracy_step_{step}"]["mean"]:.2f} ± {100 * m[f"accuracy_step_{step}"]["ci95"]:.2f}'
-            )
+        results = [read_json(n.with_name('result.json')) for n in linked(text)]
+        of = {r['params']['method']: r['metrics'] for r in results}
+        for line in lines(text)[1:]:
+            check_adaptation(id, line, columns, of)
 
 
 def test_milliseconds_of_an_iteration():
     "MAML++'s Table 3."
     (text,) = (t for t in texts(ROOT / 'nbs' / 'reports' / 'mamlpp.ipynb') if ' ms, ' in t)
-    (notebook,) = linked(text)
-    m, rows = metrics([notebook])[0], {name: cells for name, *cells in lines(text)[1:]}
-    assert set(rows) == {
-        'MAML',
-        'MAML++, phase 1',
-        'MAML++, phase 2',
-        'MAML++, phase 3',
-        'MAML++, whole training',
-    }
+    (found,) = metrics(linked(text))
+    rows = {name: cells for name, *cells in lines(text)[1:]}
+    phases = {f'MAML++, {part}' for part in ('phase 1', 'phase 2', 'phase 3', 'whole training')}
+    assert set(rows) == {'MAML'} | phases
     for name, cells in rows.items():
         key = name.lower().replace('++', 'pp').replace(', ', '_').replace(' ', '_')
         for step, cell in enumerate(cells, 1):
-            ratio = 1.0 if key == 'maml' else m[f'ratio_{key}_step_{step}']['mean']
-            assert cell == f'{m[f"ms_{key}_step_{step}"]["mean"]:.1f} ms, {ratio:.2f}', (name, step)
+            ratio = 1.0 if key == 'maml' else found[f'ratio_{key}_step_{step}']['mean']
+            ms = found[f'ms_{key}_step_{step}']['mean']
+            assert cell == f'{ms:.1f} ms, {ratio:.2f}', (name, step)
+
+
+NAMED = re.compile(r'(.+)_(short|paper)(_seed\d+)?')
 
 
 def test_every_committed_run_of_a_table_stands_in_a_report():
+    "A run at the scale of a paper stands there in place of its short one."
     text, scales = ''.join(p.read_text() for p in REPORTS), {}
-    named = re.compile(r'(.+)_(short|paper)(_seed\d+)?')
-    ours = [
-        f.parent
-        for f in RESULTS
-        if f.parent.parent.name.startswith(('mamlpp_', 'hidra_', 'hypermaml_'))
-    ]
-    assert [d.name for d in ours if not named.fullmatch(d.name)] == []
+    papers = ('mamlpp_', 'hidra_', 'hypermaml_')
+    ours = [f.parent for f in RESULTS if f.parent.parent.name.startswith(papers)]
+    assert [d.name for d in ours if not NAMED.fullmatch(d.name)] == []
     for d in ours:
-        scales.setdefault((d.parent, named.fullmatch(d.name)[1]), set()).add(
-            named.fullmatch(d.name)[2]
-        )
-    largest = [
-        d
-        for d in ours
-        if named.fullmatch(d.name)[2] == min(scales[d.parent, named.fullmatch(d.name)[1]])
-    ]  # paper before short
-    missing = [
-        f'{d.parent.name}/{d.name}'
-        for d in largest
-        if f'runs/{d.parent.name}/{d.name}/notebook.ipynb' not in text
-    ]
+        run, scale, _ = NAMED.fullmatch(d.name).groups()
+        scales.setdefault((d.parent, run), set()).add(scale)
+    missing = []
+    for d in ours:
+        run, scale, _ = NAMED.fullmatch(d.name).groups()
+        name = f'{d.parent.name}/{d.name}'
+        largest = scale == min(scales[d.parent, run])  # paper before short
+        if largest and f'runs/{name}/notebook.ipynb' not in text:
+            missing.append(name)
     assert not missing, f'execute nbs/reports again, or give these a place: {missing}'
 
 
@@ -349,30 +374,32 @@ CATALOGUE = dict(
 )
 
 
+def sections_of(report):
+    "The cells of each section of a report, by its heading."
+    sections, here = {}, ''
+    for cell in cells_of(report):
+        heading = re.match(r'## (.+)', ''.join(cell['source']))
+        if heading and cell['cell_type'] == 'markdown':
+            here = heading[1]
+        sections.setdefault(here, []).append(cell)
+    return sections
+
+
 @pytest.mark.parametrize('name', CATALOGUE)
 def test_every_table_and_figure_has_a_section_with_its_command_and_something_to_see(name):
-    sections, here = {}, ''
-    for c in json.loads((ROOT / 'nbs' / 'reports' / f'{name}.ipynb').read_text())['cells']:
-        if (m := re.match(r'## (.+)', ''.join(c['source']))) and c['cell_type'] == 'markdown':
-            here = m[1]
-        sections.setdefault(here, []).append(c)
+    sections = sections_of(ROOT / 'nbs' / 'reports' / f'{name}.ipynb')
     for words in CATALOGUE[name]:
         (cells,) = (v for k, v in sections.items() if k.startswith(words))
-        assert any('fewshotmeta batch nbs/experiments/' in ''.join(c['source']) for c in cells), (
-            words
-        )
-        assert any(
-            set(o.get('data', {})) & {'text/markdown', 'image/png'}
-            for c in cells
-            for o in c.get('outputs', [])
-        ), words
-        for command in re.findall(
-            r'nbs/experiments/(\w+)\.yaml', ''.join(''.join(c['source']) for c in cells)
-        ):
+        sources = [''.join(cell['source']) for cell in cells]
+        assert any('fewshotmeta batch nbs/experiments/' in source for source in sources), words
+        outputs = [set(o.get('data', {})) for cell in cells for o in cell.get('outputs', [])]
+        assert any(output & {'text/markdown', 'image/png'} for output in outputs), words
+        for command in re.findall(r'nbs/experiments/(\w+)\.yaml', ''.join(sources)):
             assert command in BATCHES
 
 
 def test_runs_stay_small():
-    assert TRACKED and not [
-        p for p in TRACKED if p.suffix == '.safetensors' or p.stat().st_size > 1_000_000
-    ]
+    assert TRACKED
+    for path in TRACKED:
+        assert path.suffix != '.safetensors', path
+        assert path.stat().st_size <= 1_000_000, path

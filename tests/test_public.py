@@ -6,7 +6,9 @@ import pytest, torch
 from fewshotmeta.all import *
 from fewshotmeta.lab.command import main
 from fewshotmeta.data.files import cache_folder, data_root, read_json
-from fewshotmeta.training.timing import CASES, conv_ceiling, interleaved, save_bench
+from fewshotmeta.training.bench import save_bench
+from fewshotmeta.training.cases import CASES
+from fewshotmeta.training.timing import conv_ceiling, interleaved
 
 
 def test_folders_come_from_the_environment(monkeypatch, tmp_path):

@@ -1,36 +1,44 @@
-"""The bench: candidates that compute the same, counts that are right, output that is whole. No test looks at a clock."""
+"""The bench: candidates that compute the same, counts that are right, output that is whole.
 
-import json, sys
+No test looks at a clock.
+"""
+
+import json, re, sys
+from dataclasses import replace
+
 import pytest, torch
 from torch.utils.flop_counter import FlopCounterMode
+
 from fewshotmeta.all import *
 from fewshotmeta.lab.command import main
-from fewshotmeta.training.timing import (
-    ON_GPU,
-    PAIRS,
-    _against_peers,
-    _peak,
-    _plainly,
-    _spread,
-    _target,
-    plain_net,
-)
-from fewshotmeta.lab.reports import _line
+from fewshotmeta.training.bench import ON_GPU, PAIRS, _line, _spread
+from fewshotmeta.training.candidates import keep_query_graphs, plain_net
+from fewshotmeta.training.targets import _against_peers, _at_least, _at_most
 
 SMALL = dict(tasks=2, size=16, filters=8, n_query=2)
+LIBRARIES = {'learn2learn', 'higher'}
 
 
-def exact(case, plain, like=None):
-    m = to_dtype(
-        case.learner(from_module(plain_net(case), case.channels, case.size) if plain else None),
-        torch.float64,
-    )
-    if like:
-        with torch.no_grad():
-            for a, b in zip(m.theta.values(), like.theta.values(), strict=True):
-                a.copy_(b)
-    ep = Episodes(*(t.double() if t.is_floating_point() else t for t in case.episodes()))
-    return m, ep
+def in_float64(case):
+    "The case's episodes, their images in float64."
+    xs, ys, xq, yq = case.episodes()
+    return Episodes(xs.double(), ys, xq.double(), yq)
+
+
+def plain_backbone(case):
+    return from_module(plain_net(case), case.channels, case.size)
+
+
+def copy_parameters(source, target):
+    with torch.no_grad():
+        for a, b in zip(target.theta.values(), source.theta.values(), strict=True):
+            a.copy_(b)
+
+
+def assert_same(a, b):
+    "Two meta-gradients are the same, up to rounding."
+    for x, y in zip([a.loss, *a.grads], [b.loss, *b.grads], strict=True):
+        assert torch.allclose(x, y, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -43,36 +51,34 @@ def exact(case, plain, like=None):
     ],
 )
 def test_ours_and_the_plain_loop_compute_the_same(case):
-    ours, ep = exact(case, False)
-    plain, _ = exact(case, True, ours)
-    a, b = meta_gradient(ours, ep), meta_gradient(plain, ep, plan=Plan('p', 1))
-    for x, y in zip([a.loss, *a.grads], [b.loss, *b.grads], strict=True):
-        assert torch.allclose(x, y, rtol=1e-9, atol=1e-10)
+    ours = to_dtype(case.learner(), torch.float64)
+    plain = to_dtype(case.learner(plain_backbone(case)), torch.float64)
+    copy_parameters(ours, plain)
+    ep = in_float64(case)
+    assert_same(meta_gradient(ours, ep), meta_gradient(plain, ep, plan=Plan('p', 1)))
 
 
 def test_the_plain_loop_of_mamlpp_computes_the_same(monkeypatch):
     "With the same ingredients, and the graph of each query pass kept."
     case = Case('', 'mamlpp', steps=3, **SMALL)
-    _, ep = exact(case, False)
+    ep = in_float64(case)
     ours, plain = (
         to_dtype(mamlpp(net, 5, 3, ingredients=('msl', 'lslr')), torch.float64)
-        for net in (conv4(1, 16, filters=8), from_module(plain_net(case), 1, 16))
+        for net in (conv4(1, 16, filters=8), plain_backbone(case))
     )
-    with torch.no_grad():
-        for a, b in zip(plain.theta.values(), ours.theta.values(), strict=True):
-            a.copy_(b)
-    _plainly(plain)
+    copy_parameters(ours, plain)
+    keep_query_graphs(plain)
     a = meta_gradient(ours, ep, 0.02)
 
     def never(*args):
         raise AssertionError('differentiated at once')
 
-    monkeypatch.setattr('fewshotmeta.learners.maml.at_once', never)
+    # wherever the learner looks it up
+    for place in ('fewshotmeta.engine.lean.at_once', 'fewshotmeta.learners.maml.at_once'):
+        monkeypatch.setattr(place, never, raising=False)
     with pytest.raises(AssertionError, match='at once'):
         meta_gradient(ours, ep, 0.02, Plan('p', 1))
-    b = meta_gradient(plain, ep, 0.02, Plan('p', 1))
-    for x, y in zip([a.loss, *a.grads], [b.loss, *b.grads], strict=True):
-        assert torch.allclose(x, y, rtol=1e-9, atol=1e-10)
+    assert_same(a, meta_gradient(plain, ep, 0.02, Plan('p', 1)))
 
 
 @pytest.mark.parametrize(
@@ -86,77 +92,83 @@ def test_the_plain_loop_of_mamlpp_computes_the_same(monkeypatch):
     ],
 )
 def test_work_is_what_pytorch_counts(case):
-    "Query and first-order support passes exactly; PyTorch's own second derivative computes more than it need."
-    case = Case(
-        **{
-            **case.__dict__,
-            'tasks': 1,
-            'method': case.method if case.method == 'hypermaml' else 'first_order',
-        }
-    )
+    """Query and first-order support passes exactly.
+
+    PyTorch's own second derivative computes more than it need, so MAML is counted in first order.
+    """
+    method = 'hypermaml' if case.method == 'hypermaml' else 'first_order'
+    case = replace(case, tasks=1, method=method)
     with FlopCounterMode(display=False) as counter:
         meta_gradient(case.learner(), case.episodes(), plan=plan_for('cpu', 'plain'))
-    counted = (
-        sum(v for k, v in counter.get_flop_counts()['Global'].items() if 'convolution' in str(k))
-        / 1e9
-    )
-    assert counted == pytest.approx(case.work(), rel=1e-6)
+    counts = counter.get_flop_counts()['Global']
+    counted = sum(flop for operation, flop in counts.items() if 'convolution' in str(operation))
+    assert counted / 1e9 == pytest.approx(case.work(), rel=1e-6)
 
 
 def test_second_order_work_by_hand():
-    "A support pass differentiated twice: three maps, and the two derivatives of each of two of them, and the outer two."
-    first, second = (Case('', m, tasks=1, filters=64).work() for m in ('first_order', 'maml'))
-    rest, one = sum(2 * 9 * s * s * 64 * 64 for s in (14, 7, 3)) / 1e9, 2 * 9 * 28 * 28 * 64 / 1e9
+    """A support pass differentiated twice.
+
+    Three maps, the two derivatives of each of two of them, and the outer two.
+    """
+    first = Case('', 'first_order', tasks=1, filters=64).work()
+    second = Case('', 'maml', tasks=1, filters=64).work()
+    rest = sum(2 * 9 * s * s * 64 * 64 for s in (14, 7, 3)) / 1e9
+    one = 2 * 9 * 28 * 28 * 64 / 1e9
     assert second - first == pytest.approx(5 * (6 * rest + 2 * one))
 
 
 @pytest.mark.parametrize('name', CANDIDATES)
 def test_every_candidate_runs_what_it_claims(name):
+    candidate = CANDIDATES[name]
     for case in (
         Case('', **SMALL),
         Case('', 'mamlpp', steps=2, **SMALL),
         Case('', 'hypermaml', **SMALL),
         Case('', steps=2, adapt=True, **SMALL),
     ):
-        if can_run(name, case):
-            CANDIDATES[name](case, 'cpu')()
-    assert can_run(name, Case('')) or name in (
-        'learn2learn',
-        'higher',
-        'ours, im2col',
-        'ours, inductor',
-        'ours, tf32',
-    )
+        if candidate.can_run(case):
+            candidate.prepare(case, 'cpu')()
+    elsewhere = LIBRARIES | {'ours, im2col', 'ours, inductor', 'ours, tf32'}
+    assert candidate.can_run(Case('')) or name in elsewhere
+
+
+def ours_and_plain(pairs, device):
+    "The candidates of these pairs that the device can run, apart from the libraries."
+    names = {name for name, _ in pairs} - LIBRARIES
+    return {name for name in names if CANDIDATES[name].can_run(Case(''), device)}
 
 
 def test_each_device_has_its_candidates():
-    "A CPU's worker threads are not timed on a GPU, nor a GPU's precision on a CPU; between them every candidate has its turn."
-    gpu, cpu = (
-        {n for n, _ in pairs if n not in ('learn2learn', 'higher') and can_run(n, Case(''), device)}
-        for pairs, device in ((ON_GPU, 'cuda'), (PAIRS, 'cpu'))
+    """Worker threads are not timed on a GPU, nor a GPU's precision on a CPU.
+
+    Between the two every candidate has its turn.
+    """
+    gpu, cpu = ours_and_plain(ON_GPU, 'cuda'), ours_and_plain(PAIRS, 'cpu')
+    assert 'ours, tf32' in gpu - cpu
+    assert 'ours, together' in cpu - gpu
+    assert {'ours', 'plain loop', 'ours, bf16'} <= gpu & cpu
+    assert gpu | cpu == set(CANDIDATES) - LIBRARIES
+
+
+def row(case, candidate, ms, keep=False, share=0.5, peak=None):
+    return dict(
+        case=case, candidate=candidate, kept_memory=keep, ms=ms, share=share, peak_bytes=peak
     )
-    assert (
-        'ours, tf32' in gpu - cpu
-        and 'ours, together' in cpu - gpu
-        and {'ours', 'plain loop', 'ours, bf16'} <= gpu & cpu
-    )
-    assert gpu | cpu == set(CANDIDATES) - {'learn2learn', 'higher'}
+
+
+def verdicts(found):
+    return [(target['value'], target['met']) for target in found]
 
 
 def test_targets_of_a_gpu():
-    def row(case, candidate, ms, share=0.1):
-        return dict(
-            case=case, candidate=candidate, kept_memory=False, ms=ms, share=share, peak_bytes=None
-        )
-
     rows = [
         row('16 tasks, 1 step', 'learn2learn', 50.0),
         row('16 tasks, 1 step', 'ours', 2.0),
         row('16 tasks, 5 steps', 'learn2learn', 50.0),
         row('16 tasks, 5 steps', 'ours', 5.0),
-        row('16 tasks, 5 steps', 'ours, tf32', 4.0, 0.35),
+        row('16 tasks, 5 steps', 'ours, tf32', 4.0, share=0.35),
     ]
-    assert [(t['value'], t['met']) for t in targets(dict(device='cuda', rows=rows, curves={}))] == [
+    assert verdicts(targets(dict(device='cuda', rows=rows, curves={}))) == [
         (25.0, True),
         (10.0, False),
         (None, None),
@@ -167,64 +179,56 @@ def test_targets_of_a_gpu():
 
 def test_what_was_not_measured_says_so():
     result = dict(device='cpu', rows=[], curves={})
-    assert (
-        {(t['value'], t['met']) for t in targets(result)} == {(None, None)}
-        and 'not measured |' in show_targets(result)
-        and 'met |' not in show_targets(result)
-    )
+    assert set(verdicts(targets(result))) == {(None, None)}
+    assert 'not measured |' in show_targets(result)
+    assert 'met |' not in show_targets(result)
 
 
 def test_line_and_spread():
-    assert _line([1, 2, 4], [5.0, 7.0, 11.0]) == pytest.approx(
-        dict(slope=2.0, intercept=3.0, r2=1.0)
-    )
+    line = dict(slope=2.0, intercept=3.0, r2=1.0)
+    assert _line([1, 2, 4], [5.0, 7.0, 11.0]) == pytest.approx(line)
     assert _line([1, 2, 3], [1.0, 3.0, 1.0])['r2'] < 0.5
-    assert (
-        _spread([0.001, 0.003, 0.002]) == pytest.approx(dict(ms=2.0, q1=1.0, q3=3.0, n=3))
-        and _spread([0.5])['ms'] == 500
-    )
+    assert _spread([0.001, 0.003, 0.002]) == pytest.approx(dict(ms=2.0, q1=1.0, q3=3.0, n=3))
+    assert _spread([0.5])['ms'] == 500
 
 
 def test_targets_compare_with_the_fastest_peer_as_it_comes():
-    def row(candidate, keep, ms, mb):
-        return dict(
-            case='16 tasks, 1 step',
-            candidate=candidate,
-            kept_memory=keep,
-            ms=ms,
-            share=0.5,
-            peak_bytes=mb,
-        )
+    name = CASES[0].name
+    rows = [
+        row(name, 'ours', 40.0, peak=10),
+        row(name, 'plain loop', 200.0, peak=40),
+        row(name, 'higher', 160.0, peak=80),
+        row(name, 'plain loop', 50.0, keep=True),
+    ]
+    out = list(_against_peers(dict(rows=rows), CASES[0]))
+    assert verdicts(out) == [(0.25, True), (0.125, True), (0.5, False)]
+    assert 'higher' in out[0]['against']
+    assert _at_most('x', 2, 1.0)['met']
+    assert not _at_least('x', 2, 1.0)['met']
 
-    rows, out = (
-        [
-            row('ours', False, 40.0, 10),
-            row('plain loop', False, 200.0, 40),
-            row('higher', False, 160.0, 80),
-            row('plain loop', True, 50.0, None),
-        ],
-        [],
-    )
-    _against_peers(dict(rows=rows), '16 tasks, 1 step', out)
-    assert [(t['value'], t['met']) for t in out] == [
-        (0.25, True),
-        (0.125, True),
-        (0.5, False),
-    ] and 'higher' in out[0]['against']
-    assert _target('x', 2, 1.0)['met'] and not _target('x', 2, 1.0, most=False)['met']
+
+def test_large_images_are_compared_with_learn2learn_both_ways():
+    (case,) = (c for c in CASES if c.size == 84)
+    rows = [
+        row(case.name, 'ours', 30.0),
+        row(case.name, 'ours', 20.0, keep=True),
+        row(case.name, 'learn2learn', 100.0),
+        row(case.name, 'learn2learn', 25.0, keep=True),
+        row(case.name, 'higher', 10.0),
+    ]
+    out = _against_peers(dict(rows=rows), case)
+    assert verdicts(out) == [(0.3, True), (0.8, False), (0.5, True)]
 
 
 def test_bench_writes_a_whole_result(tmp_path, capsys):
-    assert main(['bench', '--quick', '--out', str(tmp_path / 'speed')]) == 0
-    result = json.loads((tmp_path / 'speed' / 'bench.json').read_text())
-    assert (
-        {'ours', 'ours, recomputed'} == {r['candidate'] for r in result['rows']}
-        and result['ceiling'] > 1
-        and result['provenance']['versions']['torch']
-    )
-    assert (tmp_path / 'speed' / 'bench.png').read_bytes().startswith(b'\x89PNG') and sorted(
-        p.name for p in (tmp_path / 'speed').iterdir()
-    ) == ['bench.json', 'bench.png']
+    folder = tmp_path / 'speed'
+    assert main(['bench', '--quick', '--out', str(folder)]) == 0
+    result = json.loads((folder / 'bench.json').read_text())
+    assert {r['candidate'] for r in result['rows']} == {'ours', 'ours, recomputed'}
+    assert result['ceiling'] > 1
+    assert result['provenance']['versions']['torch']
+    assert (folder / 'bench.png').read_bytes().startswith(b'\x89PNG')
+    assert sorted(p.name for p in folder.iterdir()) == ['bench.json', 'bench.png']
     assert 'tasks/s' in capsys.readouterr().out
 
 
@@ -233,41 +237,27 @@ def test_bench_writes_a_whole_result(tmp_path, capsys):
     [(['--cases', 'MAMLpp'], 'no case matches.*16 tasks, 1 step'), (['--rounds', '0'], 'rounds=0')],
 )
 def test_bad_input(argv, message, capsys, tmp_path):
-    import re
-
-    assert (
-        main(['bench', '--out', str(tmp_path), *argv]) == 2
-        and re.search(message, capsys.readouterr().err)
-        and not list(tmp_path.iterdir())
-    )
+    assert main(['bench', '--out', str(tmp_path), *argv]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
 
 
 def test_cuda_is_asked_for_in_vain(capsys):
     if torch.cuda.is_available():
         pytest.skip('there is a GPU')
-    assert main(['bench', '--device', 'cuda']) == 2 and 'no GPU' in capsys.readouterr().err
+    assert main(['bench', '--device', 'cuda']) == 2
+    assert 'no GPU' in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='/proc')
 def test_memory_is_that_of_the_candidate():
     "One graph over all tasks keeps more than a graph a task, in processes of their own."
     case = Case('', tasks=6, filters=16)
-    lean, fat = (peak_memory(n, case) for n in ('plain loop', 'plain loop, one graph'))
+    lean, fat = (peak_memory(name, case) for name in ('plain loop', 'plain loop, one graph'))
     assert fat > lean + 20 * 2**20
 
 
 def test_a_part_of_the_bench_has_its_picture(tmp_path):
-    row = dict(
-        case='adaptation, 1 step',
-        candidate='ours',
-        kept_memory=False,
-        ms=2.0,
-        q1=1.0,
-        q3=3.0,
-        n=3,
-        work=1.0,
-        share=0.5,
-        peak_bytes=None,
-    )
-    save_bench(dict(rows=[row], curves={}, ceiling=200.0, cases=[]), tmp_path)
+    one = row('adaptation, 1 step', 'ours', 2.0) | dict(q1=1.0, q3=3.0, n=3, work=1.0)
+    save_bench(dict(rows=[one], curves={}, ceiling=200.0, cases=[]), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['bench.json', 'bench.png']

@@ -194,7 +194,8 @@ def _cmd_results(a):
 # %% ../../nbs/lab/08_command.ipynb #15c7bc2a
 def _cmd_bench(a):
     import torch
-    from fewshotmeta.training.timing import bench, save_bench, show_targets
+    from fewshotmeta.training.bench import bench, save_bench
+    from fewshotmeta.training.targets import show_targets
 
     check_size('rounds', a.rounds, 1)
     if not a.out and (a.quick or a.cases != '*' or a.no_memory or a.no_curves):
