@@ -32,6 +32,10 @@ from .training.checkpoints import *
 from .training.evaluation import *
 from .training.fit import *
 from .training.timing import *
+from .lab.parameters import *
+from .lab.provenance import *
+from .lab.locks import *
+from .lab.execution import *
 from .lab.runs import *
 from .lab.published import *
 from .lab.batches import *
