@@ -157,7 +157,7 @@ def _dry_run(planned, options):
     how = f'{options.at_once} at a time, by the executor {options.executor}'
     print(f'\n{count}, {how}; nothing was done')
 
-
+# %% ../../nbs/lab/08_command.ipynb #03483905
 def _numbers(text):
     try:
         return [int(n) for n in text.split(',') if n]
@@ -199,7 +199,7 @@ def _runs_folder(args):
         raise FileNotFoundError(f'no folder {runs}: go to the project, or name it with --runs')
     return runs
 
-
+# %% ../../nbs/lab/08_command.ipynb #b45e09d6
 def _overview(runs):
     "Say how everything in a folder of runs stands, without a batch file."
     results, bad = all_results(runs)
@@ -273,7 +273,7 @@ def _data(args):
         if not r['found']:
             print(f'         {r["how"]}')
 
-
+# %% ../../nbs/lab/08_command.ipynb #3cb35fbf
 def _get(name, root):
     "Load one split of a data set, which downloads it where that is possible."
     from fewshotmeta.data.datasets import LOADERS
@@ -318,7 +318,7 @@ def _bench(args):
     save_bench(result, out)
     print(f'\n{show_targets(result)}\n\n{os.path.relpath(out)}/bench.json and bench.png')
 
-
+# %% ../../nbs/lab/08_command.ipynb #ac1c1a57
 def _check_bench(args, has_gpu):
     "Refuse a bench that cannot be made, or that would replace the whole one by a part."
     check_size('rounds', args.rounds, 1)

@@ -174,7 +174,7 @@ def _papermill(notebook, partial, params, quiet, limit):
         why = 'A kernel that dies without a traceback was killed, mostly for memory'
         raise RunFailed(f'{notebook.name}: {e}. {why}; {_KEPT}', 'killed') from e
 
-
+# %% ../../nbs/lab/03_execution.ipynb #8d485d7e
 def _time_limit(minutes):
     "Make papermill's option for a limit on the whole run: what is left of it, asked at each cell."
     if not minutes:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket
 import time
+from operator import itemgetter
 from pathlib import Path
 
 from ..data.files import BadFile, locked, read_json, write_json
@@ -63,7 +64,7 @@ def last_failure(runs, experiment: str, slug: str) -> dict:
     for path in _failures(runs, experiment, slug):
         with contextlib.suppress(BadFile, OSError):
             found.append(read_json(path))
-    return max(found, key=lambda record: record['when'], default={})
+    return max(found, key=itemgetter('when'), default={})
 
 
 def forget_failure(runs, experiment: str, slug: str) -> None:

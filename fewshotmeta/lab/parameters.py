@@ -8,6 +8,7 @@ __all__ = ['BadParameters', 'Parameter', 'read_parameters', 'parse_value', 'chec
 
 # %% ../../nbs/lab/00_parameters.ipynb #b2998f3d
 import ast
+import contextlib
 import difflib
 import io
 import json
@@ -61,7 +62,7 @@ def _parameters_cell(notebook):
         )
     return ''.join(tagged[0]['source'])
 
-
+# %% ../../nbs/lab/00_parameters.ipynb #1bb424a1
 def _parse(source, where):
     "Yield a `Parameter` for each assignment of a parameters cell."
     try:
@@ -89,10 +90,11 @@ def _comments(source):
     "Return the comments of a cell: line number to text, and whether the line holds nothing else."
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {}
-    for token in tokens:
-        if token.type == tokenize.COMMENT:
-            alone = token.line.lstrip().startswith('#')
-            comments[token.start[0]] = (token.string.strip(' #'), alone)
+    with contextlib.suppress(tokenize.TokenError, SyntaxError):  # odd ends of lines: no meaning
+        for token in tokens:
+            if token.type == tokenize.COMMENT:
+                alone = token.line.lstrip().startswith('#')
+                comments[token.start[0]] = (token.string.strip(' #'), alone)
     return comments
 
 

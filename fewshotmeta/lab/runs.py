@@ -111,7 +111,7 @@ def _prepare(folder, force):
     for path in folder.glob('.*.partial*'):
         path.unlink(missing_ok=True)
 
-
+# %% ../../nbs/lab/04_runs.ipynb #98010545
 def _carry_out(run, quiet, limit):
     "Execute a run that is ours, and write its result or its failure."
     package_digest.cache_clear()  # a kernel imports the code of now
