@@ -8,7 +8,7 @@ import json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 import yaml
 from fewshotmeta.data.files import read_json, write_json
-from fewshotmeta.lab.runs import device_name, provenance
+from fewshotmeta.lab.provenance import device_name, provenance
 
 ROOT = Path(__file__).parent.parent
 TESTS = (

@@ -12,7 +12,7 @@ from fewshotmeta.all import *
 PARAMETERS = 'x = 1\nlr = 0.1\nsteps = 100\nname = "a"\nseed = 0\nscale = "smoke"'
 # leaves a line for every execution, then does what it is told
 CELLS = (
-    'import os, signal, time\nfrom fewshotmeta.lab.runs import report, run_folder\nwith open(os.environ["TRACES"], "a") as f: print(run_folder().name, os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("FEWSHOTMETA_WORKERS"), file=f)',
+    'import os, signal, time\nfrom fewshotmeta.lab.execution import report, run_folder\nwith open(os.environ["TRACES"], "a") as f: print(run_folder().name, os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("FEWSHOTMETA_WORKERS"), file=f)',
     'if name == "raise": raise KeyError("gone")\nif name == "hang":\n    while True: time.sleep(1)\nif name == "die": os.kill(os.getpid(), signal.SIGKILL)\nif name == "memory":\n    import torch; raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")',
     'report(square=dict(mean=x*x, ci95=None, n=1))',
 )
@@ -342,7 +342,7 @@ def test_killed_by_the_system_for_memory(batch, record):
             dict(big=dict(name='big'), small={}),
             cells=(
                 f'import os\nif name == "big":\n    open("{place}/cgroup.procs", "w").write(str(os.getpid()))\n    hog = [bytearray(50_000_000) for _ in range(20)]',
-                'from fewshotmeta.lab.runs import report\nreport(a=1)',
+                'from fewshotmeta.lab.execution import report\nreport(a=1)',
             ),
         )
         states = {p.slug: s for p, s in run_batch(planned(path), Options()).items()}

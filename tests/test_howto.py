@@ -56,7 +56,7 @@ def commands(text):
 def test_commands_can_be_typed(path):
     from fewshotmeta.lab.batches import read_batch
     from fewshotmeta.lab.command import _parser
-    from fewshotmeta.lab.runs import merge_parameters, parse_value, read_parameters
+    from fewshotmeta.lab.parameters import merge_parameters, parse_value, read_parameters
 
     for words in commands(prose(path)):
         parsed = _parser().parse_args([word for word in words if word != '…'])

@@ -9,14 +9,7 @@ from fewshotmeta.lab.batches import BadBatch, read_batch
 from fewshotmeta.data.banks import ImageBank
 from fewshotmeta.data.episodes import EpisodeSampler
 from fewshotmeta.data.files import BadFile, read_json, seal, unseal, write_json
-from fewshotmeta.lab.runs import (
-    BadParameters,
-    read_parameters,
-    merge_parameters,
-    parse_value,
-    default_name,
-    split_name,
-)
+from fewshotmeta.lab.parameters import BadParameters, read_parameters, merge_parameters, parse_value, default_name, split_name
 from fewshotmeta.training.fit import SCHEDULES, Cosine, MultiStep
 
 often = settings(

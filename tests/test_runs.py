@@ -1,223 +1,194 @@
 """The strict runner: real papermill, real kernels."""
 
-import json, os, subprocess, sys
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
-import nbformat, pytest
+import nbformat
+import pytest
+import fewshotmeta
 from conftest import ROOT
-from fewshotmeta.all import *
-from fewshotmeta.lab.runs import default_name, merge_parameters, parse_value
+from fewshotmeta.data.files import read_json
+from fewshotmeta.lab.execution import RESULT_TYPE, RunFailed, run_folder
+from fewshotmeta.lab.locks import RunBusy
+from fewshotmeta.lab.parameters import BadParameters
+from fewshotmeta.lab.provenance import kernels_in_use, package_digest
+from fewshotmeta.lab.runs import run_notebook
+from fewshotmeta.training.checkpoints import read_checkpoint
+from tiny import PARAMETERS, REPORT, files, folder_of, notebook, run
 
-REPORT = 'from fewshotmeta.lab.runs import report\nreport(square=dict(mean=x*x, ci95=None, n=1))'
-
-
-def notebook(
-    folder,
-    parameters='x = 2  # a number\nname = "a"  # text\nrate = 0.5\nflags = [1, 2]\nmaybe = None\nscale = "smoke"',
-    *cells,
-    tag=True,
-):
-    folder.mkdir(parents=True, exist_ok=True)
-    nb = nbformat.v4.new_notebook(
-        metadata={'kernelspec': {'name': 'python3', 'display_name': 'python3'}},
-        cells=[nbformat.v4.new_code_cell(s) for s in (parameters, *(cells or (REPORT,)))],
-    )
-    if tag:
-        nb.cells[0].metadata['tags'] = ['parameters']
-    nbformat.write(nb, folder / 'exp.ipynb')
-    return folder / 'exp.ipynb'
-
-
-def run(nb, given=None, name='demo/one', **kw):
-    return run_notebook(nb, given, name, runs=nb.parent / 'runs', quiet=True, **kw)
-
-
-def files(nb, *parts):
-    return sorted(p.name for p in (nb.parent / 'runs').joinpath(*parts).iterdir())
-
-
-# ---- parameters, before anything runs
-def test_read_parameters(tmp_path):
-    p = read_parameters(notebook(tmp_path))
-    assert {k: v.default for k, v in p.items()} == dict(
-        x=2, name='a', rate=0.5, flags=[1, 2], maybe=None, scale='smoke'
-    ) and p['x'].meaning == 'a number'
-
-
-@pytest.mark.parametrize(
-    'given,words',
-    [
-        (dict(y=1), "no parameter 'y'. There are: x, name"),
-        (dict(rat=0.1), "did you mean 'rate'?"),
-        (dict(x='3'), "x='3': expected int, like the default 2 .a number."),
-        (dict(x=1.5), 'x=1.5: expected int'),
-        (dict(x=True), 'x=True: expected int'),
-        (dict(name=3), 'name=3: expected str'),
-        (dict(rate='fast'), 'expected float'),
-        (dict(flags=3), 'expected list'),
-    ],
+TRAIN = ROOT / 'nbs' / 'experiments' / 'train.ipynb'
+SMALL = dict(
+    iterations=2, valid_every=2, valid_tasks=2, test_tasks=3, test_steps=1, filters=4, meta_batch=2
 )
-def test_unknown_or_wrong_parameters(tmp_path, given, words):
-    nb = notebook(tmp_path)
-    with pytest.raises(BadParameters, match=words):
-        run(nb, given)
-    assert not (tmp_path / 'runs').exists()
-
-
-def test_values_from_the_command_line(tmp_path):
-    p = read_parameters(notebook(tmp_path))
-    assert (
-        parse_value(p['x'], '7'),
-        parse_value(p['rate'], '1'),
-        parse_value(p['name'], '7'),
-        parse_value(p['flags'], '[3]'),
-        parse_value(p['maybe'], 'none'),
-        parse_value(p['maybe'], 'hello'),
-    ) == (7, 1.0, '7', [3], None, 'hello')
-    assert (
-        merge_parameters(p, dict(rate=1))['rate'] == 1.0
-        and type(merge_parameters(p, dict(rate=1))['rate']) is float
-    )
-
-
-@pytest.mark.parametrize(
-    'cell,words',
-    [
-        ('x = open("f")', 'not .x = open'),
-        ('import os', 'name = literal'),
-        ('x, y = 1, 2', 'name = literal'),
-        ('x = y = 1', 'name = literal'),
-        ('x = 1\nz += 1', 'name = literal'),
-        ('x = = 1', 'not plain Python, line 1'),
-        ('%timeit 1', 'not plain Python'),
-        ('x = [i for i in range(3)]', 'name = literal'),
-    ],
-)
-def test_only_literals(tmp_path, cell, words):
-    with pytest.raises(BadParameters, match=words):
-        run(notebook(tmp_path, cell))
-
-
-def test_missing_tag(tmp_path):
-    with pytest.raises(BadParameters, match='0 cells tagged "parameters", not one'):
-        run(notebook(tmp_path, tag=False))
-
-
-def test_not_a_notebook_and_an_executed_one(tmp_path):
-    (tmp_path / 'exp.ipynb').write_text('hello')
-    with pytest.raises(BadParameters, match='exp.ipynb is not a notebook'):
-        run(tmp_path / 'exp.ipynb')
-    nb = notebook(tmp_path)
-    run(nb, dict(x=3))
-    with pytest.raises(BadParameters, match='was executed already'):
-        run_notebook(tmp_path / 'runs' / 'demo' / 'one' / 'notebook.ipynb', runs=tmp_path / 'runs')
-    other = nb.rename(tmp_path / 'other.ipynb')
-    with pytest.raises(BadParameters, match='finished run of exp.ipynb'):
-        run(other, dict(x=3))
-
-
-def test_tuples_are_lists(tmp_path):
-    nb = notebook(tmp_path, 'x = 2\nsteps = (1, 2)')
-    run(nb)
-    assert run(nb)['already']
-
-
-def test_names(tmp_path):
-    nb = notebook(tmp_path)
-    for bad in ('../x', 'a/b/c', '/abs', 'a/..', '.', 'a b'):
-        with pytest.raises(BadParameters, match='letters, digits|at most one'):
-            run(nb, name=bad)
-    assert (
-        default_name(dict(n_way=20, data='x y')) == 'data=x-y_n_way=20'
-        and default_name({}) == 'defaults'
-    )
 
 
 # ---- a run
-def test_a_run_and_its_result(tmp_path):
-    nb = notebook(tmp_path)
-    result = run(nb, dict(x=3, rate=1))
-    folder = tmp_path / 'runs' / 'demo' / 'one'
-    assert (
-        files(nb, 'demo', 'one') == ['notebook.ipynb', 'result.json']
-        and read_json(folder / 'result.json') == result
-    )
-    assert result['metrics'] == dict(square=dict(mean=9.0, ci95=None, n=1)) and result[
-        'params'
-    ] == dict(x=3, name='a', rate=1.0, flags=[1, 2], maybe=None, scale='smoke')
-    assert set(result) == {
-        'experiment',
-        'run',
-        'notebook',
-        'scale',
-        'params',
-        'metrics',
-        'episodes_digest',
-        'seconds',
-        'device',
-        'digest',
-        'versions',
-        'commit',
-        'dirty',
-        'started',
-        'finished',
-    }
-    executed = nbformat.read(folder / 'notebook.ipynb', 4)
-    assert (
-        'injected-parameters' in executed.cells[1].metadata.tags
-        and 'x = 3' in executed.cells[1].source
-    )
-    assert str(tmp_path) not in (folder / 'notebook.ipynb').read_text()
+WHERE = """import os
+from fewshotmeta.all import *
+assert os.path.realpath(".") == os.path.realpath(os.environ["FEWSHOTMETA_RUN"] + "/../../..")
+assert run_folder().is_dir()
+assert os.environ["MALLOC_MMAP_MAX_"] == "0"
+"""
+one_run = pytest.mark.xdist_group('finished')  # made once
 
 
-def test_done_other_force(tmp_path):
-    nb = notebook(tmp_path)
-    first = run(nb, dict(x=3))
-    assert run(nb, dict(x=3))['already'] and run(nb, dict(x=3))['finished'] == first['finished']
-    with pytest.raises(
-        BadParameters, match='finished run with another x: choose another --name, or --force'
-    ):
-        run(nb, dict(x=4))
-    assert run(nb, dict(x=4), force=True)['metrics']['square']['mean'] == 16
-    (tmp_path / 'runs' / 'demo' / 'one' / 'result.json').write_text('{"params": ')
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    "The notebook of a run that is finished, and its result. Who changes the folder takes `copied`."
+    nb = notebook(tmp_path_factory.mktemp('finished'), PARAMETERS, WHERE, REPORT)
+    return nb, run(nb, dict(x=3, rate=1))
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    "The same notebook and its run, in a folder of one's own."
+    shutil.copytree(finished[0].parent, tmp_path / 'copy')
+    return tmp_path / 'copy' / 'exp.ipynb'
+
+
+KEYS = """experiment run notebook scale params metrics episodes_digest seconds device kernels digest
+versions commit dirty started finished"""
+
+
+@one_run
+def test_a_run_and_its_result(finished):
+    nb, result = finished
+    assert files(nb) == ['notebook.ipynb', 'result.json']
+    assert read_json(folder_of(nb) / 'result.json') == result
+    assert result['metrics'] == dict(square=dict(mean=9.0, ci95=None, n=1))
+    assert result['params'] == dict(
+        x=3, name='a', rate=1.0, flags=[1, 2], maybe=None, steps=[1, 2], scale='smoke'
+    )
+    assert set(result) == set(KEYS.split())
+    assert result['versions']['fewshotmeta'] == fewshotmeta.__version__
+
+
+@one_run
+def test_the_executed_notebook(finished):
+    nb, _ = finished
+    path = folder_of(nb) / 'notebook.ipynb'
+    executed = nbformat.read(path, 4)
+    assert 'injected-parameters' in executed.cells[1].metadata.tags
+    assert 'x = 3' in executed.cells[1].source
+    assert str(nb.parent) not in path.read_text()
+    with pytest.raises(BadParameters, match='was executed already'):
+        run_notebook(path, runs=nb.parent / 'runs')
+
+
+@one_run
+def test_where_it_runs(finished):
+    """cwd is the notebook's folder; the run's folder and the allocator come by the environment, and
+    stay in the kernel."""
+    nb, result = finished
+    executed = nbformat.read(folder_of(nb) / 'notebook.ipynb', 4)
+    assert WHERE in [cell.source for cell in executed.cells]
+    assert result['metrics']['square']['mean'] == 9  # the asserts of `WHERE` held
+    assert 'FEWSHOTMETA_RUN' not in os.environ
+    assert run_folder() is None
+
+
+@one_run
+def test_done(finished):
+    "A finished run is found again, tuples being lists; other parameters or notebooks are refused."
+    nb, first = finished
+    again = run(nb, dict(x=3, rate=1))
+    assert again['already']
+    assert again['finished'] == first['finished']
+    way_out = 'choose another --name, or --force'
+    with pytest.raises(BadParameters, match=f'finished run with another x: {way_out}'):
+        run(nb, dict(x=4, rate=1))
+
+
+@one_run
+def test_done_by_another_notebook(copied):
+    other = copied.rename(copied.parent / 'other.ipynb')
+    with pytest.raises(BadParameters, match='finished run of exp.ipynb'):
+        run(other, dict(x=3, rate=1))
+
+
+@one_run
+def test_force(copied):
+    assert run(copied, dict(x=4), force=True)['metrics']['square']['mean'] == 16
+    (folder_of(copied) / 'result.json').write_text('{"params": ')
     with pytest.raises(BadParameters, match='result.json is not whole .*: run again with --force'):
-        run(nb, dict(x=4))
+        run(copied, dict(x=4))
 
 
+# ---- what it was made by
+@one_run
+def test_a_result_says_which_kernels_ran(finished):
+    "Asked of a process of its own that has loaded them, and used them for nothing, as the run did."
+    from fewshotmeta.engine import kernels
+
+    expected = 'torch'
+    if hasattr(kernels, 'kernels_used'):
+        say = 'import json, fewshotmeta.engine.kernels as k; print(json.dumps(k.kernels_used()))'
+        said = subprocess.run([sys.executable, '-c', say], capture_output=True, check=True).stdout
+        expected = json.loads(said)
+    assert finished[1]['kernels'] == expected
+
+
+def test_no_kernels_are_loaded_to_be_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, 'fewshotmeta.engine.kernels', raising=False)
+    assert kernels_in_use() == 'torch'
+    assert 'fewshotmeta.engine.kernels' not in sys.modules
+
+
+def test_c_counts_in_the_digest_to_the_line_and_comments_of_python_do_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(fewshotmeta, '__file__', str(tmp_path / '__init__.py'))
+
+    def digest_with(name, text):
+        (tmp_path / name).write_text(text)
+        package_digest.cache_clear()
+        return package_digest()
+
+    python = digest_with('room.py', 'x = 1\n')
+    assert digest_with('room.py', '# one\n\nx = 1\n') == python
+    c = digest_with('room.c', '#define N 1\n')
+    assert c != python
+    assert digest_with('room.c', '#define N 2\n') != c
+    package_digest.cache_clear()
+
+
+# ---- a run that fails
 def test_a_notebook_that_raises(tmp_path):
     nb = notebook(tmp_path, 'x = 1', 'raise KeyError("gone")')
     with pytest.raises(RunFailed, match="KeyError: 'gone'(?s:.*)failed.ipynb"):
         run(nb)
-    failed = read_json(tmp_path / 'runs' / 'demo' / 'one' / 'failed.json')
-    assert (
-        files(nb, 'demo', 'one') == ['failed.ipynb', 'failed.json']
-        and 'KeyError' in (tmp_path / 'runs' / 'demo' / 'one' / 'failed.ipynb').read_text()
-    )
-    assert (
-        failed['kind'] == 'raised'
-        and "KeyError: 'gone'" in failed['error']
-        and 'raise KeyError("gone")' in failed['traceback']
-    )
+    assert files(nb) == ['failed.ipynb', 'failed.json']
+    assert 'KeyError' in (folder_of(nb) / 'failed.ipynb').read_text()
+    failed = read_json(folder_of(nb) / 'failed.json')
+    assert failed['kind'] == 'raised'
+    assert "KeyError: 'gone'" in failed['error']
+    assert 'raise KeyError("gone")' in failed['traceback']
     good = notebook(tmp_path)
     run(good)
-    assert files(good, 'demo', 'one') == ['notebook.ipynb', 'result.json']
+    assert files(good) == ['notebook.ipynb', 'result.json']
 
 
 def test_what_failed_since_is_left_to_who_saw_it(tmp_path):
-    "A worker that looked before another's run failed, and got its lock after: it neither executes it again nor forgets the failure."
+    """A worker that looked before another's run failed, and got its lock after: it neither executes
+    it again nor forgets the failure."""
     nb = notebook(tmp_path, 'x = 1', 'open("traces", "a").write("x")\nraise KeyError("gone")')
     with pytest.raises(RunFailed):
         run(nb)
-    record, traces = (
-        tmp_path / 'runs' / 'demo' / 'one' / 'failed.json',
-        lambda: len(next(tmp_path.rglob('traces')).read_text()),
-    )
+    record, traces = folder_of(nb) / 'failed.json', tmp_path / 'traces'
     failed = record.read_text()
     with pytest.raises(RunBusy, match='demo/one failed at .* leave .since. out to try again'):
         run(nb, since='2000-01-01T00:00:00+00:00')
-    assert record.read_text() == failed and traces() == 1
+    assert record.read_text() == failed
+    assert len(traces.read_text()) == 1
     with pytest.raises(RunFailed):
         run(nb, since='3000-01-01T00:00:00+00:00')
-    assert traces() == 2
+    assert len(traces.read_text()) == 2
+
+
+NOT_FINITE = 'from fewshotmeta.lab.execution import report\nreport(a=float("nan"))'
 
 
 @pytest.mark.parametrize(
@@ -225,38 +196,22 @@ def test_what_failed_since_is_left_to_who_saw_it(tmp_path):
     [
         (('1',), r'report\(\) 0 times'),
         ((REPORT, REPORT), r'report\(\) 2 times'),
-        (
-            ('from fewshotmeta.lab.runs import report\nreport(a=float("nan"))',),
-            'a=nan: a result is a finite number',
-        ),
+        ((NOT_FINITE,), 'a=nan: a result is a finite number'),
     ],
 )
 def test_one_finite_result(tmp_path, cells, words):
     nb = notebook(tmp_path, 'x = 1', *cells)
     with pytest.raises(RunFailed, match=words):
         run(nb)
-    assert files(nb, 'demo', 'one') == ['failed.ipynb', 'failed.json']
+    assert files(nb) == ['failed.ipynb', 'failed.json']
 
 
 def test_killed_kernel_is_recorded(tmp_path):
     nb = notebook(tmp_path, 'x = 1', 'import os, signal\nos.kill(os.getpid(), signal.SIGKILL)')
     with pytest.raises(RunFailed, match='(?i)kernel died.*a checkpoint, if there is one, is kept'):
         run(nb)
-    assert 'result.json' not in files(nb, 'demo', 'one') and not [
-        f for f in files(nb, 'demo', 'one') if 'partial' in f
-    ]
-
-
-def test_where_it_runs(tmp_path):
-    "cwd is the notebook's folder; the run's folder and the allocator come by the environment, and stay in the kernel."
-    nb = notebook(
-        tmp_path / 'sub',
-        'x = 1',
-        'import os\nfrom fewshotmeta.all import *\nassert os.path.realpath(".") == os.path.realpath(os.environ["FEWSHOTMETA_RUN"] + "/../../..")\n'
-        'assert run_folder().is_dir() and os.environ["MALLOC_MMAP_MAX_"] == "0"\nreport(a=1)',
-    )
-    assert run(nb)['metrics']['a']['mean'] == 1
-    assert 'FEWSHOTMETA_RUN' not in os.environ and run_folder() is None
+    assert 'result.json' not in files(nb)
+    assert not [f for f in files(nb) if 'partial' in f]
 
 
 # ---- folders that cannot be written
@@ -271,75 +226,13 @@ def test_full_runs_folder(tmp_path, small_disk):
     nb = notebook(tmp_path, 'x = 1', 'print("x"*1_000_000)\n' + REPORT)
     with pytest.raises(OSError, match='(?i)no space left'):
         run_notebook(nb, runs=small_disk, name='a/b', quiet=True)
-    assert not [
-        p
-        for p in small_disk.rglob('*')
-        if p.name in ('result.json', 'notebook.ipynb') or 'partial' in p.name
-    ]
-
-
-# ---- the command
-def fewshotmeta(*args, **env):
-    return subprocess.run(
-        [
-            sys.executable,
-            '-c',
-            'import sys; from fewshotmeta.lab.command import main; sys.exit(main())',
-            *args,
-        ],
-        capture_output=True,
-        text=True,
-        env=os.environ | env,
-    )
-
-
-def test_command_run(tmp_path):
-    nb = notebook(tmp_path)
-    out = fewshotmeta(
-        'run', str(nb), '--runs', str(tmp_path / 'runs'), '-p', 'x=5', 'rate=0.25', '-p', 'name=b'
-    )
-    assert (
-        out.returncode == 0
-        and 'square' in out.stdout
-        and '25.0000' in out.stdout
-        and 'result.json' in out.stdout
-    ), out.stderr
-    assert (tmp_path / 'runs' / 'exp' / 'name=b_rate=0.25_x=5' / 'result.json').is_file()
-    for args, words in [
-        (('-p', 'y=1'), "no parameter 'y'"),
-        (('-p', 'x=many'), "x='many': expected int"),
-        (('-p', 'x'), 'expected name=value'),
-    ]:
-        out = fewshotmeta('run', str(nb), *args)
-        assert out.returncode == 2 and words in out.stderr and 'Traceback' not in out.stderr
-    assert fewshotmeta('run', str(tmp_path / 'none.ipynb')).returncode == 2
-    assert (
-        fewshotmeta(
-            'run', str(notebook(tmp_path, 'x = 1', '1/0')), '--runs', str(tmp_path / 'runs')
-        ).returncode
-        == 1
-    )
-
-
-def test_command_data(tmp_path):
-    out = fewshotmeta('data', '--root', str(tmp_path)).stdout
-    for words in (
-        'found    glyphs',
-        'missing  omniglot',
-        'missing  mini_imagenet',
-        'missing  cub',
-        'fewshotmeta data --get omniglot',
-        'CUB_200_2011.tgz',
-        str(tmp_path),
-    ):
-        assert words in out
-    bad = fewshotmeta('data', '--get', 'imagenet', '--root', str(tmp_path))
-    assert bad.returncode == 2 and 'choose one of omniglot' in bad.stderr
+    left = [p.name for p in small_disk.rglob('*')]
+    assert not {'result.json', 'notebook.ipynb'} & set(left)
+    assert not [name for name in left if 'partial' in name]
 
 
 # ---- the experiment
 def test_train_notebook_runs_what_no_batch_file_has(tmp_path):
-    nb = ROOT / 'nbs' / 'experiments' / 'train.ipynb'
     special = dict(
         fomaml=dict(plan='loop', precision='bf16', recompute=True),
         hidra=dict(train_ways=[2, 6], test_ways=[2, 7], clip_norm=10.0),
@@ -347,32 +240,26 @@ def test_train_notebook_runs_what_no_batch_file_has(tmp_path):
         hypermaml=dict(labels='one_hot', augment=True),
         random_init={},
     )
+    digests = set()
     for method, changes in special.items():
-        result = run_notebook(
-            nb, SMALL | dict(method=method) | changes, f'm/{method}', tmp_path, quiet=True
-        )
-        assert (
-            result['scale'] == 'smoke'
-            and 0 <= result['metrics']['test_accuracy']['mean'] <= 1
-            and result['metrics']['test_accuracy']['n'] == 3
-            and len(result['episodes_digest']) == 16
-        )
-        assert {'test_accuracy_not_transductive'} | {
-            f'test_accuracy_{w}way' for w in changes.get('test_ways', [])
-        } <= set(result['metrics'])
-    assert (tmp_path / 'm' / 'fomaml' / 'metrics.csv').is_file() and not (
-        tmp_path / 'm' / 'random_init' / 'metrics.csv'
-    ).exists()
-    digests = {
-        json.loads((tmp_path / 'm' / m / 'result.json').read_text())['episodes_digest']
-        for m in special
-    }
+        given = SMALL | dict(method=method) | changes
+        result = run_notebook(TRAIN, given, f'm/{method}', tmp_path, quiet=True)
+        check_training(result, changes.get('test_ways', []))
+        written = json.loads((tmp_path / 'm' / method / 'result.json').read_text())
+        digests.add(written['episodes_digest'])
+    assert (tmp_path / 'm' / 'fomaml' / 'metrics.csv').is_file()
+    assert not (tmp_path / 'm' / 'random_init' / 'metrics.csv').exists()
     assert len(digests) == 1  # all methods meet the same test tasks
 
 
-SMALL = dict(
-    iterations=2, valid_every=2, valid_tasks=2, test_tasks=3, test_steps=1, filters=4, meta_batch=2
-)
+def check_training(result, ways):
+    accuracy = result['metrics']['test_accuracy']
+    assert result['scale'] == 'smoke'
+    assert 0 <= accuracy['mean'] <= 1
+    assert accuracy['n'] == 3
+    assert len(result['episodes_digest']) == 16
+    expected = {'test_accuracy_not_transductive'} | {f'test_accuracy_{w}way' for w in ways}
+    assert expected <= set(result['metrics'])
 
 
 @pytest.mark.parametrize(
@@ -383,13 +270,16 @@ SMALL = dict(
         dict(data='omniglot', test_data='emnist', protocol='hypermaml2022'),
         dict(data='mini_imagenet', n_query=15),
     ],
-    ids=lambda d: f'{d["data"]}-{d.get("protocol", "antoniou2018")}',
+    ids=[
+        'omniglot-finn2017',
+        'omniglot-drumond2020',
+        'omniglot-hypermaml2022',
+        'mini_imagenet-antoniou2018',
+    ],
 )
 def test_train_notebook_on_real_data(tmp_path, real_data, given):
     "Each protocol on its data, as the papers pair them."
-    result = run_notebook(
-        ROOT / 'nbs' / 'experiments' / 'train.ipynb', SMALL | given, 'm/x', tmp_path, quiet=True
-    )
+    result = run_notebook(TRAIN, SMALL | given, 'm/x', tmp_path, quiet=True)
     assert result['metrics']['test_accuracy']['n'] == 3
 
 
@@ -414,130 +304,103 @@ def test_train_notebook_on_real_data(tmp_path, real_data, given):
 )
 def test_train_notebook_refuses_before_it_trains(given, words):
     "Its cells in this process: a kernel for each would say the same."
+    cells = [c for c in json.loads(TRAIN.read_text())['cells'] if c['cell_type'] == 'code']
     names = {}
     with pytest.raises(ValueError, match=words):
-        for c in json.loads((ROOT / 'nbs' / 'experiments' / 'train.ipynb').read_text())['cells']:
-            if c['cell_type'] != 'code' or (source := ''.join(c['source'])).startswith('#| hide'):
+        for cell in cells:
+            source = ''.join(cell['source'])
+            if source.startswith('#| hide'):
                 continue
             assert 'fit(' not in source, 'it comes to the training'
             exec(source, names)
-            if 'parameters' in c['metadata'].get('tags', []):
+            if 'parameters' in cell['metadata'].get('tags', []):
                 names |= SMALL | given
 
 
-def test_a_refusal_of_the_train_notebook_is_said(tmp_path):
-    with pytest.raises(RunFailed, match="method='mamal': choose one of 'maml'"):
-        run_notebook(
-            ROOT / 'nbs' / 'experiments' / 'train.ipynb',
-            SMALL | dict(method='mamal'),
-            'm/x',
-            tmp_path,
-            quiet=True,
-        )
-    assert not (tmp_path / 'm' / 'x' / 'checkpoint.safetensors').exists()
+# ---- a run that is interrupted
+QUIET = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def test_an_interrupted_experiment_continues(tmp_path):
-    "Killed with SIGKILL in the middle of training, started again: the same accuracies and checkpoint as undisturbed."
-    import signal, time
-
-    nb = ROOT / 'nbs' / 'experiments' / 'train.ipynb'
-    args = [
-        '-p',
-        'iterations=40',
-        'valid_every=5',
-        'valid_tasks=4',
-        'test_tasks=10',
-        'filters=8',
-        'meta_batch=2',
-    ]
-
-    def command(name):
-        return [
-            sys.executable,
-            '-c',
-            'import sys; from fewshotmeta.lab.command import main; sys.exit(main())',
-            'run',
-            str(nb),
-            '--runs',
-            str(tmp_path),
-            '--name',
-            f'x/{name}',
-            *args,
-        ]
-
-    subprocess.run(command('whole'), check=True, capture_output=True)
-    p = subprocess.Popen(
-        command('killed'),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+def train_command(folder, name):
+    values = dict(
+        iterations=40, valid_every=5, valid_tasks=4, test_tasks=10, filters=8, meta_batch=2
     )
-    checkpoint, t = tmp_path / 'x' / 'killed' / 'checkpoint.safetensors', time.time()
-    from fewshotmeta.training.checkpoints import read_checkpoint
+    code = 'import sys; from fewshotmeta.lab.command import main; sys.exit(main())'
+    place = ['--runs', str(folder), '--name', f'x/{name}']
+    given = [f'{k}={v}' for k, v in values.items()]
+    return [sys.executable, '-c', code, 'run', str(TRAIN), *place, '-p', *given]
 
-    while (
-        not (checkpoint.exists() and read_checkpoint(checkpoint.parent)[0]['iteration'] >= 10)
-        and time.time() - t < 120
-    ):
+
+def kill_at(iteration, command, folder):
+    "Start a training and kill it, and its kernel, once its checkpoint has come to `iteration`."
+    process = subprocess.Popen(command, start_new_session=True, **QUIET)
+    end = time.time() + 120
+    while reached(folder) < iteration and time.time() < end:
         time.sleep(0.05)
-    os.killpg(p.pid, signal.SIGKILL)
-    p.wait()
-    kernels = (
-        [
-            int(d)
-            for d in os.listdir('/proc')
-            if d.isdigit() and b'FEWSHOTMETA_RUN=' + str(checkpoint.parent).encode() in _environ(d)
-        ]
-        if Path('/proc').is_dir()
-        else []
-    )
-    for pid in kernels:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for pid in kernels_of(folder):
         os.kill(pid, signal.SIGKILL)
-    assert (
-        not (checkpoint.parent / 'result.json').exists()
-        and 10 <= read_checkpoint(checkpoint.parent)[0]['iteration'] < 40
-    )
-    subprocess.run(command('killed'), check=True, capture_output=True)
-    a, b = (
-        json.loads((tmp_path / 'x' / n / 'result.json').read_text()) for n in ('whole', 'killed')
-    )
-
-    def drop(m):
-        return {k: v for k, v in m.items() if k != 'training_seconds'}
-
-    assert drop(a['metrics']) == drop(b['metrics']) and a['episodes_digest'] == b['episodes_digest']
-    assert (
-        read_checkpoint(tmp_path / 'x' / 'whole')[0]['tensors']
-        == read_checkpoint(checkpoint.parent)[0]['tensors']
-    )
 
 
-def _environ(pid):
+def reached(folder):
+    "The iteration of a run's checkpoint; -1: there is none."
+    if not (folder / 'checkpoint.safetensors').exists():
+        return -1
+    return read_checkpoint(folder)[0]['iteration']
+
+
+def kernels_of(folder):
+    "The processes that execute a run, by their environment."
+    if not Path('/proc').is_dir():
+        return []
+    pids = [int(name) for name in os.listdir('/proc') if name.isdigit()]
+    return [pid for pid in pids if b'FEWSHOTMETA_RUN=' + str(folder).encode() in environ_of(pid)]
+
+
+def environ_of(pid):
     try:
         return Path(f'/proc/{pid}/environ').read_bytes()
     except OSError:
         return b''
 
 
+def left_by(folder):
+    "A run's metrics but its time, the digest of its test tasks, and the tensors of its checkpoint."
+    result = json.loads((folder / 'result.json').read_text())
+    metrics = {k: v for k, v in result['metrics'].items() if k != 'training_seconds'}
+    return metrics, result['episodes_digest'], read_checkpoint(folder)[0]['tensors']
+
+
+def test_an_interrupted_experiment_continues(tmp_path):
+    """Killed with SIGKILL in the middle of training, started again: the same accuracies and
+    checkpoint as undisturbed."""
+    whole, killed = tmp_path / 'x' / 'whole', tmp_path / 'x' / 'killed'
+    undisturbed = subprocess.Popen(train_command(tmp_path, 'whole'), **QUIET)
+    kill_at(10, train_command(tmp_path, 'killed'), killed)
+    assert not (killed / 'result.json').exists()
+    assert 10 <= reached(killed) < 40
+    subprocess.run(train_command(tmp_path, 'killed'), check=True, capture_output=True)
+    assert undisturbed.wait() == 0
+    assert left_by(whole) == left_by(killed)
+
+
+# ---- results that are in git
 def test_committed_results_are_whole():
-    "Each result under runs/ has its executed notebook, a scale, and the parameters that were injected."
+    "Each result under runs/ has its executed notebook, a scale, and the parameters injected."
     for path in (ROOT / 'runs').glob('*/*/result.json'):
         result, nb = read_json(path), nbformat.read(path.parent / 'notebook.ipynb', 4)
         assert result['scale'] in ('smoke', 'short', 'paper')
-        injected = [
-            c.source for c in nb.cells if 'injected-parameters' in c.metadata.get('tags', [])
-        ]
-        scope = {}
-        exec(injected[0] if injected else '', scope)
-        assert all(result['params'][k] == v for k, v in scope.items() if not k.startswith('__'))
-        left = [
-            o['data']
-            for c in nb.cells
-            for o in c.get('outputs', [])
-            if 'application/vnd.fewshotmeta.result+json' in o.get('data', {})
-        ]
-        assert (
-            len(left) == 1
-            and left[0]['application/vnd.fewshotmeta.result+json']['metrics'] == result['metrics']
-        )
+        given = injected_into(nb)
+        assert all(result['params'][k] == v for k, v in given.items())
+        data = [o.get('data', {}) for c in nb.cells for o in c.get('outputs', [])]
+        reported = [d[RESULT_TYPE]['metrics'] for d in data if RESULT_TYPE in d]
+        assert reported == [result['metrics']]
+
+
+def injected_into(nb):
+    "The parameters that papermill gave an executed notebook."
+    cells = [c.source for c in nb.cells if 'injected-parameters' in c.metadata.get('tags', [])]
+    scope = {}
+    exec(cells[0] if cells else '', scope)
+    return {k: v for k, v in scope.items() if not k.startswith('__')}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from fewshotmeta.lab.runs import (
+from fewshotmeta.lab.parameters import (
     BadParameters,
     did_you_mean,
     merge_parameters,

@@ -19,7 +19,7 @@ from itertools import combinations
 from pathlib import Path
 
 from ..data.files import BadFile
-from .runs import did_you_mean
+from .parameters import did_you_mean
 from .published import MISSING, cell_text, published, reference
 from .batches import SCALES, read_batch
 from .results import all_results

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data.files import BadFile, locked, read_json
-from .runs import digests, format_metric, last_failure, marker, read_marker
+from .provenance import digests
 from .batches import Planned
+from .locks import last_failure, marker, read_marker
+from .execution import format_metric
 
 # %% ../../nbs/lab/03_states.ipynb #4876c482
 @dataclass

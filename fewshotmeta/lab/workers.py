@@ -22,9 +22,12 @@ from pathlib import Path
 
 from ..data.files import read_json, write_json
 from ..data.checks import check_size
-from .runs import RunBusy, RunFailed, marker, run_notebook, timestamp
+from .provenance import timestamp
 from .batches import Planned
+from .locks import RunBusy, marker
+from .execution import RunFailed
 from .states import State, state_of
+from .runs import run_notebook
 
 # %% ../../nbs/lab/04_workers.ipynb #4868783c
 class Work:
