@@ -23,19 +23,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from .files import data_root
-from fewshotmeta.data.banks import (
-    BadImage,
-    DataMissing,
-    FILTERS,
-    ImageBank,
-    build_bank,
-    cached,
-    check_pixels,
-    class_folders,
-    fingerprint,
-    image_folder,
-    images_in,
-)
+from .banks import BadImage, DataMissing, FILTERS, ImageBank, build_bank, cached
+from .banks import check_pixels, class_folders, fingerprint, image_folder, images_in
 
 # %% ../../nbs/data/03_datasets.ipynb #e2251dab
 @lru_cache

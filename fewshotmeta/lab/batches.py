@@ -14,15 +14,8 @@ from pathlib import Path
 
 import yaml
 
-from fewshotmeta.lab.parameters import (
-    BadParameters,
-    did_you_mean,
-    merge_parameters,
-    parse_value,
-    project_folder,
-    read_parameters,
-    split_name,
-)
+from .parameters import BadParameters, did_you_mean, merge_parameters, parse_value
+from .parameters import project_folder, read_parameters, split_name
 
 # %% ../../nbs/lab/02_batches.ipynb #f24ee4ec
 SCALES = ('smoke', 'short', 'paper')

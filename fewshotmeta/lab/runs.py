@@ -15,14 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.files import BadFile, atomic, read_json, write_json
-from fewshotmeta.lab.parameters import (
-    BadParameters,
-    default_name,
-    merge_parameters,
-    project_folder,
-    read_parameters,
-    split_name,
-)
+from .parameters import BadParameters, default_name, merge_parameters, project_folder
+from .parameters import read_parameters, split_name
 from .provenance import digests, package_digest, provenance, timestamp
 from .locks import RunBusy, failure_record, forget_failure, hold_run
 from .execution import RunFailed, execute_notebook

@@ -27,13 +27,8 @@ from ..engine.capture import CannotRecord, Recorder
 from ..engine.ranks import Ranks
 from .gradient import MetaGradient, meta_gradient, replayed_gradient
 from .checkpoints import Run, describe, load_checkpoint, save_checkpoint
-from fewshotmeta.training.evaluation import (
-    Ensemble,
-    accuracies,
-    check_one_number_of_ways,
-    check_ways,
-    with_theta,
-)
+from .evaluation import Ensemble, accuracies, check_one_number_of_ways
+from .evaluation import check_ways, with_theta
 
 # %% ../../nbs/training/03_fit.ipynb #dd4341c8
 def constant(progress: float) -> float:
