@@ -30,6 +30,7 @@ from .learners.gradient_variants import *
 from .training.gradient import *
 from .training.checkpoints import *
 from .training.evaluation import *
+from .training.schedules import *
 from .training.fit import *
 from .training.timing import *
 from .lab.runs import *
