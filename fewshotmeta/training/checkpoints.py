@@ -40,7 +40,6 @@ class Run:
         return self.kept[0][0] if self.kept else None
 
 # %% ../../nbs/training/01_checkpoints.ipynb #937cd15c
-#| code-fold: true
 @patch
 def plot(
     self: Run,

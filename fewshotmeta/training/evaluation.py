@@ -179,7 +179,6 @@ class Evaluation:
         return dict(mean=self.mean, ci95=self.ci95, n=self.n)
 
 # %% ../../nbs/training/02_evaluation.ipynb #305788f3
-#| code-fold: true
 @patch
 def plot(
     self: Evaluation,
@@ -236,7 +235,6 @@ def evaluate_ways(
     return {s.n_way: evaluate(learner, s, n, steps, plan) for s in samplers}
 
 # %% ../../nbs/training/02_evaluation.ipynb #b3723198
-#| code-fold: true
 def plot_ways(
     curves: dict,  # label to what `evaluate_ways` gave
     title: str = '',
