@@ -10,7 +10,7 @@ from fewshotmeta.data.banks import ImageBank
 from fewshotmeta.data.episodes import EpisodeSampler
 from fewshotmeta.data.files import BadFile, read_json, seal, unseal, write_json
 from fewshotmeta.lab.parameters import BadParameters, read_parameters, merge_parameters, parse_value, default_name, split_name
-from fewshotmeta.training.fit import SCHEDULES, Cosine, MultiStep
+from fewshotmeta.training.schedules import SCHEDULES, Cosine, MultiStep
 
 often = settings(
     max_examples=1000 if full() else 60,

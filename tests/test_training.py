@@ -1,7 +1,19 @@
-"""The outer loop: stopped anywhere it continues to the same bytes; what is broken is refused by name."""
+"""The outer loop: stopped anywhere it continues to the same bytes; what is broken is refused."""
 
-import os, random, signal, subprocess, sys, time
-import numpy as np, pytest, torch
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import fewshotmeta.training.fit as training
 from fewshotmeta.all import *
 
 
@@ -20,52 +32,36 @@ def small(seed=0, **kw):
     return MAML(conv4(size=16, filters=16, **net), 5, seed=seed, **kw)
 
 
-def fitted(train, valid, folder=None, learner=None, **kw):
-    return fit(
-        learner or small(),
-        train,
-        **(
-            dict(
-                iterations=24,
-                meta_batch=2,
-                valid=valid,
-                valid_tasks=6,
-                valid_every=8,
-                save_every=6,
-                log_every=4,
-                schedule=Cosine(),
-                checkpoint=folder,
-                progress=False,
-            )
-            | kw
-        ),
-    )
+def fitted(train, valid, folder=None, learner=None, **changes):
+    "Train a small learner for 24 iterations; it validates, saves and logs at different intervals."
+    how_long = dict(iterations=24, valid_tasks=6, valid_every=8, save_every=6, log_every=4)
+    options = how_long | dict(meta_batch=2, valid=valid, schedule=Cosine()) | changes
+    return fit(learner or small(), train, checkpoint=folder, progress=False, **options)
 
 
 def same(a, b):
-    return all(torch.equal(a.theta[k], b.theta[k]) for k in a.theta) and all(
-        torch.equal(a.buffers[k], b.buffers[k]) for k in a.buffers
-    )
+    "Whether two learners have the same bytes."
+    pairs = [(a.theta, b.theta), (a.buffers, b.buffers)]
+    return all(torch.equal(x[k], y[k]) for x, y in pairs for k in x)
+
+
+def without_seconds(rows):
+    "Rows of the metrics, but for how long they took."
+    return [{k: v for k, v in row.items() if k != 'seconds'} for row in rows]
 
 
 # ---- schedules, clipping
 def test_schedules():
-    assert [round(Cosine()(p), 6) for p in (0, 0.5, 1)] == [1, 0.505, 0.01] and constant(0.7) == 1
-    assert [round(MultiStep((0.1, 0.5), 0.3)(p), 3) for p in (0, 0.0999, 0.1, 0.49, 0.5, 0.99)] == [
-        1,
-        1,
-        0.3,
-        0.3,
-        0.09,
-        0.09,
-    ]
+    assert [round(Cosine()(p), 6) for p in (0, 0.5, 1)] == [1, 0.505, 0.01]
+    assert constant(0.7) == 1
+    steps, at = MultiStep((0.1, 0.5), 0.3), (0, 0.0999, 0.1, 0.49, 0.5, 0.99)
+    assert [round(steps(p), 3) for p in at] == [1, 1, 0.3, 0.3, 0.09, 0.09]
 
 
 def test_schedule_is_what_adam_gets(train, valid):
     run = fitted(train, valid, meta_lr=2e-3)
-    assert [r['lr'] for r in run.history] == [
-        2e-3 * Cosine()((r['iteration'] - 1) / 24) for r in run.history
-    ]
+    expected = [2e-3 * Cosine()((r['iteration'] - 1) / 24) for r in run.history]
+    assert [r['lr'] for r in run.history] == expected
 
 
 def test_clipping():
@@ -73,32 +69,42 @@ def test_clipping():
         with pytest.raises(ValueError, match='bound=-1'):
             clip(-1)
     g = [torch.tensor([3.0, -20.0]), torch.tensor([[0.1]])]
-    assert (
-        ClipValue(10)(g)[0].tolist() == [3.0, -10.0]
-        and ClipNorm(10)(g)[0].norm() == pytest.approx(10, abs=1e-4)
-        and torch.equal(ClipNorm(10)(g)[1], g[1])
-    )
+    assert ClipValue(10)(g)[0].tolist() == [3.0, -10.0]
+    assert ClipNorm(10)(g)[0].norm() == pytest.approx(10, abs=1e-4)
+    assert torch.equal(ClipNorm(10)(g)[1], g[1])
+
+
+def test_an_optimizer_by_its_name(train):
+    "Without moments, a step is the learning rate times the gradient."
+    learner, before = small(), small()
+    grads = meta_gradient(before, train[0:4]).grads
+    fit(learner, train, 1, meta_batch=4, meta_lr=0.5, optimizer='sgd', progress=False)
+    for k, grad in zip(before.theta, grads):
+        assert torch.allclose(learner.theta[k], before.theta[k] - 0.5 * grad, atol=1e-5), k
+
+
+def test_the_sum_over_tasks_is_so_many_times_the_mean(train):
+    mean, total = small(), small()
+    options = dict(iterations=1, meta_batch=4, optimizer='sgd', progress=False)
+    fit(mean, train, meta_lr=0.4, **options)
+    fit(total, train, meta_lr=0.1, task_loss='sum', **options)
+    for k in mean.theta:
+        assert torch.allclose(mean.theta[k], total.theta[k], atol=1e-5), k
 
 
 def test_fit_is_adam_on_the_mean_meta_loss(train):
     "Three iterations by hand."
     a, b = small(), small()
-    fit(
-        a,
-        train,
-        3,
-        meta_batch=4,
-        meta_lr=0.01,
-        clip=ClipValue(0.05),
-        plan=plan_for('cpu', 'batched'),
-        progress=False,
-    )  # the same arithmetic as below
+    plan = plan_for('cpu', 'batched')  # the same arithmetic as below
+    outer = dict(meta_batch=4, meta_lr=0.01, clip=ClipValue(0.05))
+    fit(a, train, 3, plan=plan, progress=False, **outer)
     opt = torch.optim.Adam(list(b.theta.values()), 0.01)
     for i in range(3):
         opt.zero_grad()
         b.meta_loss(train[4 * i : 4 * i + 4]).loss.mean().backward()
         for p in b.theta.values():
-            p.grad = (torch.zeros_like(p) if p.grad is None else p.grad).clamp(-0.05, 0.05)
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad = grad.clamp(-0.05, 0.05)
         opt.step()
     for k in a.theta:
         assert torch.allclose(a.theta[k], b.theta[k], atol=1e-4), k
@@ -106,32 +112,39 @@ def test_fit_is_adam_on_the_mean_meta_loss(train):
 
 def test_training_learns():
     "Far above chance in seconds on the embedded characters."
-    from fewshotmeta.data.datasets import glyphs
-    from fewshotmeta.training.evaluation import evaluate
-
     m = MAML(conv4(filters=16), 5, inner_lr=0.1)
-    fit(
-        m, EpisodeSampler(glyphs('train'), 5, 1, 5), 150, meta_batch=4, meta_lr=3e-3, progress=False
-    )
+    tasks = EpisodeSampler(glyphs('train'), 5, 1, 5)
+    fit(m, tasks, 150, meta_batch=4, meta_lr=3e-3, progress=False)
     assert evaluate(m, EpisodeSampler(glyphs('test'), 5, 1, 15), 50).mean > 0.45
 
 
 # ---- selection
-def test_best_last_and_ensemble(train, valid):
-    def with_select(s):
-        return fitted(train, valid, learner=small(), select=s, meta_lr=0.02)
+def validated(run):
+    "(iteration, accuracy) of each validation."
+    rows = [(r['iteration'], r['val_accuracy']) for r in run.history]
+    return [(i, value) for i, value in rows if value is not None]
 
-    best, last, top = (with_select(s) for s in ('best', 'last', 'top_2'))
-    values = [
-        (r['iteration'], r['val_accuracy']) for r in best.history if r['val_accuracy'] is not None
-    ]
-    assert [i for i, _ in values] == [8, 16, 24] and best.best == max(v for _, v in values)
-    assert accuracies(best.learner, valid, 6)[:, -1].mean().item() == best.best
-    assert isinstance(top.learner, Ensemble) and len(top.learner.members) == 2
-    assert [
-        round(accuracies(m, valid, 6)[:, -1].mean().item(), 6) for m in top.learner.members
-    ] == sorted((round(v, 6) for _, v in values), reverse=True)[:2]
+
+def last_accuracy(learner, valid):
+    "Mean accuracy on the validation tasks after the last inner step."
+    return accuracies(learner, valid, 6)[:, -1].mean().item()
+
+
+def test_the_best_and_the_last(train, valid):
+    best, last = (fitted(train, valid, select=s, meta_lr=0.02) for s in ('best', 'last'))
+    values = validated(best)
+    assert [i for i, _ in values] == [8, 16, 24]
+    assert best.best == max(v for _, v in values)
+    assert last_accuracy(best.learner, valid) == best.best
     assert not last.kept
+
+
+def test_an_ensemble_of_the_best_two(train, valid):
+    run = fitted(train, valid, select='top_2', meta_lr=0.02)
+    members = run.learner.members
+    assert isinstance(run.learner, Ensemble) and len(members) == 2
+    values = sorted((round(v, 6) for _, v in validated(run)), reverse=True)
+    assert [round(last_accuracy(m, valid), 6) for m in members] == values[:2]
 
 
 # ---- resume
@@ -146,11 +159,9 @@ def test_any_number_of_workers_gives_the_same_bytes(train, valid):
     'polite', [True, False], ids=['one Ctrl-C', 'in the middle of an iteration']
 )
 def test_stopped_anywhere(train, valid, tmp_path, monkeypatch, stop, kw, polite):
-    "A Ctrl-C is saved at the end of its iteration; what strikes inside one goes back to the last checkpoint."
+    "Ctrl-C is saved at the end of its iteration; what strikes inside one loses it."
     whole = fitted(train, valid, tmp_path / 'a', small(**kw))
-    import fewshotmeta.training.fit as T
-
-    step = T._Loop.step
+    step = training._Loop.step
 
     def stopping(self):
         if self.run.iteration == stop - polite:
@@ -160,37 +171,35 @@ def test_stopped_anywhere(train, valid, tmp_path, monkeypatch, stop, kw, polite)
         return step(self)
 
     with monkeypatch.context() as m:
-        m.setattr(T._Loop, 'step', stopping)
+        m.setattr(training._Loop, 'step', stopping)
         with pytest.raises(KeyboardInterrupt):
             fitted(train, valid, tmp_path / 'b', small(**kw))
     assert read_checkpoint(tmp_path / 'b')[0]['iteration'] == (stop if polite else stop // 6 * 6)
     again = fitted(train, valid, tmp_path / 'b', small(**kw))
     assert same(whole.learner, again.learner)
-
-    def drop(rows):
-        return [{k: v for k, v in r.items() if k != 'seconds'} for r in rows]
-
-    assert drop(whole.history) == drop(again.history)
+    assert without_seconds(whole.history) == without_seconds(again.history)
 
 
 CHILD = '''
-import sys, torch
+import sys
+import torch
 from fewshotmeta.all import *
-images = torch.randint(0, 256, (1000, 1, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-bank = ImageBank(images, range(0, 1000, 25), [25]*40, [f'class{i:02d}' for i in range(40)], name='noise')
+
+gen = torch.Generator().manual_seed(0)
+images = torch.randint(0, 256, (1000, 1, 16, 16), generator=gen, dtype=torch.uint8)
+names = [f'class{i:02d}' for i in range(40)]
+bank = ImageBank(images, range(0, 1000, 25), [25] * 40, names, name='noise')
 s = EpisodeSampler(bank, 5, 1, 3, seed=0)
+often = dict(valid_tasks=6, valid_every=20, save_every=3, log_every=4)
 print('ready', flush=True)
-fit(MAML(conv4(size=16, filters=16), 5), s, iterations=120, meta_batch=2, valid=s(seed=99), valid_tasks=6, valid_every=20, save_every=3, log_every=4, checkpoint=sys.argv[1], progress=False)
+learner = MAML(conv4(size=16, filters=16), 5)
+fit(learner, s, 120, 2, valid=s(seed=99), checkpoint=sys.argv[1], progress=False, **often)
 '''
 
 
 def train_in_a_process(folder, kill_after=None):
-    p = subprocess.Popen(
-        [sys.executable, '-c', CHILD, str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command, pipe = [sys.executable, '-c', CHILD, str(folder)], subprocess.PIPE
+    p = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
     assert p.stdout.readline() == 'ready\n', p.stderr.read()
     if kill_after is not None:
         time.sleep(kill_after)
@@ -211,16 +220,11 @@ def test_sigkill_at_random_moments(tmp_path):
             read_checkpoint(tmp_path / 'b')  # never half-written
     assert kills >= 1 and train_in_a_process(tmp_path / 'b') == 0
     (ha, a), (hb, b) = read_checkpoint(tmp_path / 'a'), read_checkpoint(tmp_path / 'b')
-    assert (
-        ha['iteration'] == hb['iteration'] == 120
-        and ha['tensors'] == hb['tensors']
-        and all(torch.equal(a[k], b[k]) for k in a)
-    )
-    assert not [
-        p
-        for p in (tmp_path / 'b').iterdir()
-        if p.suffix == '.csv' and not p.read_text().startswith('iteration')
-    ]
+    assert ha['iteration'] == hb['iteration'] == 120
+    assert ha['tensors'] == hb['tensors']
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    tables = [p.read_text() for p in (tmp_path / 'b').iterdir() if p.suffix == '.csv']
+    assert all(text.startswith('iteration') for text in tables)
 
 
 def test_ctrl_c_waits_for_the_end_of_the_iteration(train, valid, tmp_path):
@@ -235,10 +239,8 @@ def test_ctrl_c_waits_for_the_end_of_the_iteration(train, valid, tmp_path):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         fitted(train, valid, tmp_path, schedule=Press())
-    assert (
-        read_checkpoint(tmp_path)[0]['iteration'] == 11
-        and signal.getsignal(signal.SIGINT) is before
-    )
+    assert read_checkpoint(tmp_path)[0]['iteration'] == 11
+    assert signal.getsignal(signal.SIGINT) is before
     assert same(fitted(train, valid, tmp_path).learner, fitted(train, valid).learner)
 
 
@@ -250,25 +252,21 @@ def test_not_finite_names_the_iteration_and_keeps_the_last_good_state(train, val
         def __call__(self, p):
             return 1e30 if round(p * 24) == 9 else 1.0
 
-    with pytest.raises(
-        FloatingPointError,
-        match=r'iteration 10: the .*The last checkpoint is kept.*meta_lr=0.001.*in a new folder',
-    ):
+    said = r'iteration 10: the .*The last checkpoint is kept.*meta_lr=0.001.*in a new folder'
+    with pytest.raises(FloatingPointError, match=said):
         fitted(train, valid, tmp_path, schedule=Explode())
     head, tensors = read_checkpoint(tmp_path)
-    kept = with_theta(
-        small(), {k.removeprefix('theta/'): v for k, v in tensors.items() if k.startswith('theta/')}
-    )
-    assert head['iteration'] == 6 and kept.meta_loss(train[0:4]).loss.isfinite().all()
+    kept = with_theta(small(), {k: tensors[f'theta/{k}'] for k in small().theta})
+    assert head['iteration'] == 6
+    assert kept.meta_loss(train[0:4]).loss.isfinite().all()
 
 
 def test_not_finite_gradient(train, tmp_path):
     m = small(inner_lr=1e30)
     with pytest.raises(FloatingPointError, match='iteration 0'):
         fit(m, train, 5, meta_batch=2, checkpoint=tmp_path, progress=False)
-    assert all(t.isfinite().all() for t in read_checkpoint(tmp_path)[1].values()) and same(
-        m, small(inner_lr=1e30)
-    )
+    assert all(t.isfinite().all() for t in read_checkpoint(tmp_path)[1].values())
+    assert same(m, small(inner_lr=1e30))
 
 
 def test_truncated_altered_foreign_checkpoints(train, valid, tmp_path):
@@ -286,8 +284,6 @@ def test_truncated_altered_foreign_checkpoints(train, valid, tmp_path):
     torch.save({'theta': torch.zeros(2)}, path)  # a pickle is refused, not opened
     with pytest.raises(BadCheckpoint):
         fitted(train, valid, tmp_path)
-    from safetensors.torch import save_file
-
     save_file({'x': torch.zeros(2)}, path)
     with pytest.raises(BadCheckpoint, match='not a checkpoint of this version'):
         fitted(train, valid, tmp_path)
@@ -318,11 +314,40 @@ def test_checkpoint_of_another_configuration(train, valid, tmp_path, change, wor
     assert (tmp_path / 'checkpoint.safetensors').read_bytes() == before
 
 
+def test_the_configuration_in_a_checkpoint(train, valid, tmp_path):
+    "A checkpoint of an earlier version continues only if these words and their values stay."
+    options = dict(clip=10, betas=(0.5, 0.9), select='top_3', task_loss='sum')
+    plan = plan_for('cpu', 'batched', precision='bf16')
+    fitted(train, valid, tmp_path, iterations=1, plan=plan, **options)
+    config = read_checkpoint(tmp_path)[0]['config']
+    assert config.pop('learner') == describe(small())
+    assert config == dict(
+        train=train.describe(2),
+        optimizer='adam',
+        task_loss='sum',
+        iterations=1,
+        meta_batch=2,
+        meta_lr=1e-3,
+        schedule='Cosine(final=0.01)',
+        clip='ClipValue(bound=10)',
+        betas=[0.5, 0.9],
+        precision='bf16',
+        valid=f'{valid.describe(6)}, 6 every 8',
+        select='top_3',
+        log_every=4,
+    )
+
+
+def test_a_run_may_go_on_by_another_plan(train, valid, tmp_path, stopped):
+    "And be saved more or less often: that is not part of what it is."
+    stopped(13, lambda: fitted(train, valid, tmp_path))
+    plan = plan_for('cpu', 'batched')
+    assert fitted(train, valid, tmp_path, plan=plan, save_every=9).iteration == 24
+
+
 def test_read_only_folder(train, valid, read_only):
-    with pytest.raises(
-        PermissionError,
-        match='cannot write .*checkpoint.safetensors: make .* writable, or choose another folder',
-    ):
+    said = 'cannot write .*checkpoint.safetensors: make .* writable, or choose another folder'
+    with pytest.raises(PermissionError, match=said):
         fitted(train, valid, read_only)
 
 
@@ -331,6 +356,9 @@ def test_full_disk(train, small_disk):
     with pytest.raises(OSError, match='no space left to write .*checkpoint.safetensors: free some'):
         fit(m, train, 5, meta_batch=2, checkpoint=small_disk, progress=False)
     assert not [p for p in small_disk.rglob('*') if p.is_file()]
+
+
+TWENTY = MAML(conv4(size=16, filters=4), 20)
 
 
 @pytest.mark.parametrize(
@@ -343,10 +371,10 @@ def test_full_disk(train, small_disk):
         (dict(valid_every=-1), 'valid_every=-1'),
         (dict(select='first'), "select='first'.*best, last, top_3"),
         (dict(select='top_0'), 'top_0'),
-        (
-            dict(learner=MAML(conv4(size=16, filters=4), 20)),
-            'episodes of n_way=5 for a learner of n_way=20',
-        ),
+        (dict(optimizer='lion'), "optimizer='lion': choose one of 'adam', 'sgd'"),
+        (dict(task_loss='median'), "task_loss='median': choose one of 'mean', 'sum'"),
+        (dict(schedule='line'), "schedule='line': choose one of 'constant', 'cosine'"),
+        (dict(learner=TWENTY), 'episodes of n_way=5 for a learner of n_way=20'),
     ],
 )
 def test_bad_numbers(train, valid, kw, words):
@@ -355,18 +383,10 @@ def test_bad_numbers(train, valid, kw, words):
 
 
 def test_metrics_are_a_table(train, valid, tmp_path):
-    import pandas as pd
-
     run = fitted(train, valid, tmp_path)
     table = pd.read_csv(tmp_path / 'metrics.csv')
-    assert table.iteration.tolist() == [4, 8, 12, 16, 20, 24] and list(table) == [
-        'iteration',
-        'loss',
-        'accuracy',
-        'lr',
-        'seconds',
-        'val_accuracy',
-    ]
-    assert table.val_accuracy.notna().sum() == 3 and np.allclose(
-        table.loss, [r['loss'] for r in run.history]
-    )
+    assert table.iteration.tolist() == [4, 8, 12, 16, 20, 24]
+    columns = ['iteration', 'loss', 'accuracy', 'lr', 'seconds', 'val_accuracy']
+    assert list(table) == columns
+    assert table.val_accuracy.notna().sum() == 3
+    assert np.allclose(table.loss, [r['loss'] for r in run.history])

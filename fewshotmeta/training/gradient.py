@@ -25,6 +25,19 @@ class MetaGradient:
     grads: list  # one tensor a parameter, of the mean loss
     stats: dict  # batch statistics for norm='per_step', mean over tasks
 
+    def tensors(self) -> list[Tensor]:
+        "List loss, accuracy, gradients and statistics, in this order."
+        return [self.loss, self.accuracy, *self.grads, *self.stats.values()]
+
+    def with_tensors(
+        self,
+        tensors: list,  # as `tensors` lists them
+    ) -> 'MetaGradient':
+        "Make a meta-gradient of the same form from other tensors."
+        loss, accuracy, *rest = tensors
+        n = len(self.grads)
+        return MetaGradient(loss, accuracy, rest[:n], dict(zip(self.stats, rest[n:])))
+
 # %% ../../nbs/training/00_gradient.ipynb #2b26e948
 def meta_gradient(
     learner,  # anything with `theta` and `meta_loss`
@@ -32,39 +45,36 @@ def meta_gradient(
     progress: float = 0.0,  # fraction of the training behind us
     plan: Plan | None = None,  # how to run the tasks; none: by device
 ) -> MetaGradient:
-    "Gradient of the mean meta-loss over a batch of tasks, by a plan."
+    "Compute the gradient of the mean meta-loss over a batch of tasks, by a plan."
     params, n = list(learner.theta.values()), len(episodes.xs)
     plan = plan or plan_for(params[0].device, tasks=n)
     if plan.capture:
-        return replayed_gradient(
-            Recorder(learner, plan), episodes, progress, learner.n_way or int(episodes.yq.max()) + 1
-        )
+        n_way = learner.n_way or int(episodes.yq.max()) + 1
+        return replayed_gradient(Recorder(learner, plan), episodes, progress, n_way)
 
-    def one(s):
-        out = learner.meta_loss(episodes[s], progress)
+    def part(tasks):
+        "The share of one chunk: a sum over its tasks."
+        out = learner.meta_loss(episodes[tasks], progress)
         grads = torch.autograd.grad(out.loss.sum() / n, params, materialize_grads=True)
-        return (
-            out.loss.detach().sum(),
-            out.accuracy.sum(),
-            grads,
-            {k: v * (len(out.loss) / n) for k, v in out.stats.items()},
-        )
+        stats = {k: v * (len(out.loss) / n) for k, v in out.stats.items()}
+        return MetaGradient(out.loss.detach().sum(), out.accuracy.sum(), grads, stats)
 
-    loss, accuracy, grads, stats = zip(*plan.map(one, plan.chunks(n)))
-    total = {k: sum(s[k] for s in stats) for k in stats[0]}
-    return MetaGradient(sum(loss) / n, sum(accuracy) / n, [sum(g) for g in zip(*grads)], total)
+    parts = plan.map(part, plan.chunks(n))
+    loss, accuracy, *rest = (sum(column) for column in zip(*(p.tensors() for p in parts)))
+    return parts[0].with_tensors([loss / n, accuracy / n, *rest])
 
-
-def replayed_gradient(recorder, episodes, progress, n_way):
-    "The same by recorded graphs, chunk by chunk."
+# %% ../../nbs/training/00_gradient.ipynb #83132a5f
+def replayed_gradient(
+    recorder: Recorder,  # of the learner; it records what it has not met before
+    episodes: Episodes,  # a meta-batch
+    progress: float,  # fraction of the training behind us
+    n_way: int,  # classes of its tasks
+) -> MetaGradient:
+    "Compute the same by recorded graphs, chunk by chunk."
     n, total = len(episodes.xs), None
-    for s in recorder.plan.chunks(n):
-        loss, accuracy, grads, stats = recorder(episodes[s], progress, n_way)
-        share = (s.stop - s.start) / n
-        part = [
-            v * share for v in (loss, accuracy, *grads, *stats.values())
-        ]  # a copy: the next replay overwrites them
-        total = part if total is None else [a + b for a, b in zip(total, part)]
-    return MetaGradient(
-        total[0], total[1], total[2 : 2 + len(grads)], dict(zip(stats, total[2 + len(grads) :]))
-    )
+    for tasks in recorder.plan.chunks(n):
+        part = MetaGradient(*recorder(episodes[tasks], progress, n_way))
+        share = (tasks.stop - tasks.start) / n
+        weighted = [v * share for v in part.tensors()]  # a copy: the next replay overwrites them
+        total = weighted if total is None else [a + b for a, b in zip(total, weighted)]
+    return part.with_tensors(total)
