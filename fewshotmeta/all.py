@@ -36,11 +36,16 @@ from .lab.runs import *
 from .lab.published import *
 from .lab.batches import *
 from .lab.states import *
+from .lab.work import *
+from .lab.crews import *
+from .lab.slurm import *
 from .lab.workers import *
 from .lab.results import *
 from .lab.reports import *
 from .lab.protocols import *
 from .lab.command import *
+from .lab.tables import *
+from .lab.orders import *
 
 # %% ../nbs/99_all.ipynb #7990783e
 __all__ = [name for name in dir() if not name.startswith('_')]

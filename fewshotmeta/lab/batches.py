@@ -9,6 +9,7 @@ __all__ = ['SCALES', 'BadBatch', 'Planned', 'read_batch']
 import fnmatch
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,34 +25,142 @@ from fewshotmeta.lab.runs import (
     split_name,
 )
 
-# %% ../../nbs/lab/02_batches.ipynb #f24ee4ec
+# %% ../../nbs/lab/02_batches.ipynb #71d4b82d
 SCALES = ('smoke', 'short', 'paper')
 
 
 class BadBatch(ValueError):
     "A batch file that cannot be used."
 
-
+# %% ../../nbs/lab/02_batches.ipynb #f24ee4ec
 class _Loader(yaml.SafeLoader):
     "Safe YAML that refuses a name that stands there twice."
 
 
-def _mapping(loader, node, deep=False):
+def _unique_names(loader, node):
+    "A mapping, if its names differ."
     seen = set()
     for key, _ in node.value:
-        if key.tag == 'tag:yaml.org,2002:merge':
+        if key.tag == 'tag:yaml.org,2002:merge' or not isinstance(key.value, str):
             continue
         if key.value in seen:
-            raise yaml.MarkedYAMLError(
-                problem=f'{key.value!r} stands there twice', problem_mark=key.start_mark
-            )
-        seen.add(key.value) if isinstance(key.value, str) else None
-    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+            problem = f'{key.value!r} stands there twice'
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        seen.add(key.value)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
-_Loader.add_constructor(
-    'tag:yaml.org,2002:map', lambda loader, node: _mapping(loader, node, deep=True)
-)
+_Loader.add_constructor('tag:yaml.org,2002:map', _unique_names)
+
+# %% ../../nbs/lab/02_batches.ipynb #92babab4
+def _mapping(value, where, allowed=None):
+    "A mapping from text, nothing else; empty where nothing stands."
+    value = {} if value is None else value
+    if not isinstance(value, dict):
+        raise BadBatch(f'{where} expected `name: value` lines, not {value!r:.60}')
+    for name in value:
+        if not isinstance(name, str):
+            raise BadBatch(f'{where} the name {name!r} is not text: write it in quotes')
+        if allowed and name not in allowed:
+            near, all_ = did_you_mean(name, allowed), ', '.join(allowed)
+            raise BadBatch(f'{where} no entry {name!r}{near}: choose one of {all_}')
+    return value
+
+
+def _load(path):
+    "The file's content, of the right shape."
+    try:
+        text = path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadBatch(f'{path} cannot be read ({e})') from None
+    try:
+        doc = yaml.load(text, _Loader)  # a SafeLoader: plain values only
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, AttributeError, KeyError) as e:
+        raise BadBatch(f'{path} is not YAML: {" ".join(str(e).split())}') from None
+    doc = _mapping(doc, f'{path}:', ('experiment', 'common', 'runs', 'scales'))
+    notebook = doc.get('experiment')
+    if not isinstance(notebook, str) or os.sep in notebook:
+        problem = f'experiment={notebook!r}: expected the name of a notebook beside this file'
+        raise BadBatch(f'{path}: {problem}')
+    if not _mapping(doc.get('runs'), f'{path}: runs:'):
+        raise BadBatch(f'{path}: runs: there are none')
+    _mapping(doc.get('scales'), f'{path}: scales:', SCALES)
+    return doc
+
+# %% ../../nbs/lab/02_batches.ipynb #962b2905
+def _valued(name, value, parameters, given, place):
+    "The value of a parameter as the file means it."
+    if name not in parameters:
+        raise BadBatch(f'{place} no parameter {name!r}{did_you_mean(name, parameters)}')
+    parameter = parameters[name]
+    kind = type(parameter.default)
+    if not isinstance(value, str) or kind is str:
+        return value
+    factor = re.fullmatch(r'(\d+\.?\d*|\.\d+)x', value)
+    if factor and kind in (int, float):
+        before = given.get(name, parameter.default)
+        if isinstance(before, (list, str)):
+            raise BadBatch(f'{place} {name}={value}: a factor of {before!r}')
+        scaled = before * float(factor[1])
+        return max(1, round(scaled)) if kind is int else scaled
+    try:
+        return parse_value(parameter, value)
+    except BadParameters as e:
+        raise BadBatch(f'{place} {e}') from None
+
+# %% ../../nbs/lab/02_batches.ipynb #56d0b9c9
+def _layers(doc, name, scale, where):
+    "What changes a run's parameters at a scale, in order; none if the run is left out of it."
+    place, scales = f'{where} runs: {name}:', doc.get('scales') or {}
+    own = dict(_mapping(doc['runs'][name], place))
+    at = _mapping(own.pop('scales', None), f'{place} scales:', SCALES)
+    if unknown := [s for s in at if s not in scales]:
+        raise BadBatch(f'{place} scales: {unknown[0]!r} is not among the scales of the file')
+    if at.get(scale) is False:
+        return None
+    return [
+        _mapping(doc.get('common'), f'{where} common:'),
+        own,
+        _mapping(scales.get(scale), f'{where} scales: {scale}:'),
+        _mapping(at.get(scale), f'{place} scales: {scale}:'),
+    ]
+
+
+def _given(layers, parameters, place):
+    "What the layers say together; a list of seeds as it stands."
+    given = {}
+    for layer in layers:
+        for name, value in layer.items():
+            if name == 'seed' and isinstance(value, list):
+                given[name] = value
+            else:
+                given[name] = _valued(name, value, parameters, given, place)
+    if given.get('seed') == []:
+        raise BadBatch(f'{place} seed: the list is empty')
+    return given
+
+
+def _expanded(doc, scale, parameters, where):
+    "Slug, what differs from the defaults, and all parameters of each run."
+    for name in doc['runs']:
+        place, layers = f'{where} runs: {name}:', _layers(doc, name, scale, where)
+        if layers is None:
+            continue
+        given = _given(layers, parameters, place)
+        if 'scale' in parameters:
+            given['scale'] = scale
+        each = [(f'{name}_{scale}', given)]
+        if isinstance(given.get('seed'), list):
+            each = []
+            for seed in given['seed']:
+                own = dict(seed=_valued('seed', seed, parameters, given, place))
+                each.append((f'{name}_{scale}_seed{seed}', given | own))
+        for slug, one in each:
+            try:
+                split_name(f'x/{slug}', '')
+                yield slug, one, merge_parameters(parameters, one)
+            except BadParameters as e:
+                raise BadBatch(f'{place} {e}') from None
 
 # %% ../../nbs/lab/02_batches.ipynb #29499a9b
 @dataclass(frozen=True, eq=False)
@@ -75,136 +184,49 @@ class Planned:
         "Where its result is."
         return self.runs / self.experiment / self.slug
 
-
+# %% ../../nbs/lab/02_batches.ipynb #ec2b6e6c
 def read_batch(
     path,  # the YAML file
     scale: str = '',  # smoke, short or paper; none: short, or the file's first one
     only: str = '*',  # a pattern for the names of the runs
     runs=None,  # the folder of all runs; none: `runs` in the project
 ) -> list[Planned]:  # in the file's order
-    "The runs of a batch file. Raises `BadBatch`, naming the place."
+    "Read the runs of a batch file. Raises `BadBatch`, naming the place."
     path = Path(path)
     doc = _load(path)
-    where, known = f'{path}:', path.parent / doc['experiment']
-    if not known.is_file():
-        raise BadBatch(f'{where} experiment: no notebook {known}')
-    try:
-        parameters = read_parameters(known)
-    except BadParameters as e:
-        raise BadBatch(f'{where} experiment: {e}') from None
-    scales = doc.get('scales') or {}
-    scale = scale or ('short' if 'short' in scales else next(iter(scales), 'smoke'))
-    if scale not in (scales or ('smoke',)):
-        raise BadBatch(
-            f'{where} no scale {scale!r}: choose one of {", ".join(scales or ("smoke",))}'
-        )
-    runs = Path(runs or project_folder(known) / 'runs')
-    out = [
-        Planned(path.stem, slug, known, given, all_, runs)
-        for slug, given, all_ in _expanded(doc, scale, parameters, where)
-    ]
-    if twice := {p.slug for p in out if sum(q.slug == p.slug for q in out) > 1}:
-        raise BadBatch(f'{where} two runs would be called {sorted(twice)[0]}')
-    chosen = [p for p in out if fnmatch.fnmatch(p.slug, only)]
+    where = f'{path}:'
+    notebook, parameters = _experiment(path, doc)
+    scale = _scale(doc, scale, where)
+    runs = Path(runs or project_folder(notebook) / 'runs')
+    planned = []
+    for slug, given, params in _expanded(doc, scale, parameters, where):
+        planned.append(Planned(path.stem, slug, notebook, given, params, runs))
+    slugs = [p.slug for p in planned]
+    if twice := sorted(slug for slug, n in Counter(slugs).items() if n > 1):
+        raise BadBatch(f'{where} two runs would be called {twice[0]}')
+    chosen = [p for p in planned if fnmatch.fnmatch(p.slug, only)]
     if not chosen:
-        raise BadBatch(
-            f'{where} no run matches {only!r}; there are {", ".join(p.slug for p in out[:8])}'
-            + (' …' if len(out) > 8 else '')
-        )
+        more = ' …' if len(slugs) > 8 else ''
+        raise BadBatch(f'{where} no run matches {only!r}; there are {", ".join(slugs[:8])}{more}')
     return chosen
 
-# %% ../../nbs/lab/02_batches.ipynb #92babab4
-def _load(path):
-    "The file's content, of the right shape."
+# %% ../../nbs/lab/02_batches.ipynb #3c5ccb0f
+def _experiment(path, doc):
+    "The notebook that a batch file names, and its parameters."
+    notebook = path.parent / doc['experiment']
+    if not notebook.is_file():
+        raise BadBatch(f'{path}: experiment: no notebook {notebook}')
     try:
-        text = path.read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as e:
-        raise BadBatch(f'{path} cannot be read ({e})') from None
-    try:
-        doc = yaml.load(text, _Loader)  # a SafeLoader: plain values only
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError, AttributeError, KeyError) as e:
-        raise BadBatch(f'{path} is not YAML: {" ".join(str(e).split())}') from None
-    doc = _dict(doc, f'{path}:', ('experiment', 'common', 'runs', 'scales'))
-    if not isinstance(doc.get('experiment'), str) or os.sep in doc['experiment']:
-        raise BadBatch(
-            f'{path}: experiment={doc.get("experiment")!r}: expected the name of a notebook beside this file'
-        )
-    if not _dict(doc.get('runs'), f'{path}: runs:'):
-        raise BadBatch(f'{path}: runs: there are none')
-    _dict(doc.get('scales'), f'{path}: scales:', SCALES)
-    return doc
-
-
-def _dict(value, where, allowed=None):
-    "A mapping from text, nothing else."
-    value = {} if value is None else value
-    if not isinstance(value, dict):
-        raise BadBatch(f'{where} expected `name: value` lines, not {value!r:.60}')
-    for k in value:
-        if not isinstance(k, str):
-            raise BadBatch(f'{where} the name {k!r} is not text: write it in quotes')
-        if allowed and k not in allowed:
-            raise BadBatch(
-                f'{where} no entry {k!r}{did_you_mean(k, allowed)}: choose one of {", ".join(allowed)}'
-            )
-    return value
-
-
-def _expanded(doc, scale, parameters, where):
-    "Slug, what differs from the defaults, and all parameters of each run."
-    for name, own in doc['runs'].items():
-        place = f'{where} runs: {name}:'
-        own = dict(_dict(own, place))
-        mine = _dict(own.pop('scales', None), f'{place} scales:', SCALES)
-        if unknown := [s for s in mine if s not in (doc.get('scales') or {})]:
-            raise BadBatch(f'{place} scales: {unknown[0]!r} is not among the scales of the file')
-        if mine.get(scale) is False:
-            continue
-        at_scale = _dict(mine.get(scale), f'{place} scales: {scale}:')
-        layers = [
-            _dict(doc.get('common'), f'{where} common:'),
-            own,
-            _dict((doc.get('scales') or {}).get(scale), f'{where} scales: {scale}:'),
-            at_scale,
-        ]
-        given = {}
-        for layer in layers:
-            for k, v in layer.items():
-                given[k] = (
-                    v
-                    if k == 'seed' and isinstance(v, list)
-                    else _valued(k, v, parameters, given, place)
-                )
-        if 'scale' in parameters:
-            given['scale'] = scale
-        seeds = given.get('seed')
-        if seeds == []:
-            raise BadBatch(f'{place} seed: the list is empty')
-        for seed in seeds if isinstance(seeds, list) else [None]:
-            one = given | (
-                {} if seed is None else dict(seed=_valued('seed', seed, parameters, given, place))
-            )
-            slug = f'{name}_{scale}' + ('' if seed is None else f'_seed{seed}')
-            try:
-                split_name(f'x/{slug}', '')
-                yield slug, one, merge_parameters(parameters, one)
-            except BadParameters as e:
-                raise BadBatch(f'{place} {e}') from None
-
-
-def _valued(k, v, parameters, given, place):
-    "The value of a parameter as the file means it: `0.05x` is a factor, and YAML reads 1e-3 as text."
-    if k not in parameters:
-        raise BadBatch(f'{place} no parameter {k!r}{did_you_mean(k, parameters)}')
-    p, kind = parameters[k], type(parameters[k].default)
-    if not isinstance(v, str) or kind is str:
-        return v
-    if (m := re.fullmatch(r'(\d+\.?\d*|\.\d+)x', v)) and kind in (int, float):
-        before = given.get(k, p.default)
-        if isinstance(before, (list, str)):
-            raise BadBatch(f'{place} {k}={v}: a factor of {before!r}')
-        return max(1, round(before * float(m[1]))) if kind is int else before * float(m[1])
-    try:
-        return parse_value(p, v)
+        return notebook, read_parameters(notebook)
     except BadParameters as e:
-        raise BadBatch(f'{place} {e}') from None
+        raise BadBatch(f'{path}: experiment: {e}') from None
+
+
+def _scale(doc, scale, where):
+    "The scale that is meant: the one asked for, else `short`, else the file's first."
+    scales = list(doc.get('scales') or ('smoke',))
+    if not scale:
+        return 'short' if 'short' in scales else scales[0]
+    if scale not in scales:
+        raise BadBatch(f'{where} no scale {scale!r}: choose one of {", ".join(scales)}')
+    return scale

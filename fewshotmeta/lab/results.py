@@ -12,6 +12,22 @@ from pathlib import Path
 
 from ..data.files import BadFile, atomic, read_json
 
+# %% ../../nbs/lab/05_results.ipynb #553617d9
+def all_results(
+    runs,  # the folder of all runs
+    only: str = '*',  # a pattern for `experiment/run`
+) -> tuple[list, list]:  # results, and what is wrong with the files that are none
+    "Read every whole result under a folder, sorted by name."
+    whole, bad = [], []
+    for path in sorted(Path(runs).glob('*/*/result.json')):
+        if not fnmatch.fnmatch(f'{path.parent.parent.name}/{path.parent.name}', only):
+            continue
+        try:
+            whole.append(read_json(path))
+        except BadFile as e:
+            bad.append(str(e))
+    return whole, bad
+
 # %% ../../nbs/lab/05_results.ipynb #013f9597
 COLUMNS = (
     'experiment',
@@ -34,55 +50,49 @@ COLUMNS = (
 )
 
 
-def all_results(
-    runs,  # the folder of all runs
-    only: str = '*',  # a pattern for `experiment/run`
-) -> tuple[list, list]:  # results, and what is wrong with the files that are none
-    "Every whole result under a folder, sorted by name."
-    out, bad = [], []
-    for path in sorted(Path(runs).glob('*/*/result.json')):
-        if not fnmatch.fnmatch(f'{path.parent.parent.name}/{path.parent.name}', only):
-            continue
-        try:
-            out.append(read_json(path))
-        except BadFile as e:
-            bad.append(str(e))
-    return out, bad
-
-
 def table_of(
-    results: list,
+    results: list,  # of `all_results`
     every: bool = False,  # all metrics of a run, not only the first
 ) -> list[dict]:
-    "A row for each metric, with what the run was."
-    out = []
+    "Make a row for each metric, with what the run was."
+    rows = []
     for r in results:
+        what = {column: r.get(column, r['params'].get(column)) for column in COLUMNS}
         metrics = list(r['metrics'].items())
         for name, v in metrics if every else metrics[:1]:
-            row = {k: r.get(k, r['params'].get(k)) for k in COLUMNS} | dict(
-                metric=name, mean=v['mean'], ci95=v['ci95'], n=v['n']
-            )
-            out.append({k: row[k] for k in COLUMNS})
-    return out
+            rows.append(what | dict(metric=name, mean=v['mean'], ci95=v['ci95'], n=v['n']))
+    return rows
 
-
-def write_table(rows: list, path) -> None:
-    "Write rows as .csv or .parquet (which needs pyarrow)."
+# %% ../../nbs/lab/05_results.ipynb #c30a6d46
+def write_table(
+    rows: list,  # of `table_of`
+    path,  # ends in .csv or .parquet
+) -> None:
+    "Write rows as CSV or as Parquet, which needs pyarrow. Raises `ValueError` for other names."
     path = Path(path)
-    if path.suffix not in ('.csv', '.parquet'):
-        raise ValueError(f'{path}: choose a name that ends in .csv or .parquet')
+    if path.suffix not in _WRITERS:
+        raise ValueError(f'{path}: choose a name that ends in {" or ".join(_WRITERS)}')
     with atomic(path) as tmp:
-        if path.suffix == '.csv':
-            with open(tmp, 'w', newline='', encoding='utf-8') as f:
-                w = csv.DictWriter(f, COLUMNS)
-                w.writeheader()
-                w.writerows(rows)
-            return
-        import pandas as pd
+        _WRITERS[path.suffix](rows, tmp, path)
 
-        try:
-            pd.DataFrame(rows, columns=COLUMNS).to_parquet(tmp, index=False)
-        except ImportError:
-            raise ValueError(
-                f'{path}: Parquet needs pyarrow: `pip install pyarrow`, or choose a .csv'
-            ) from None
+# %% ../../nbs/lab/05_results.ipynb #59a7a01d
+def _csv(rows, tmp, path):
+    "Write CSV."
+    with open(tmp, 'w', newline='', encoding='utf-8') as f:
+        writer = csv.DictWriter(f, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _parquet(rows, tmp, path):
+    "Write Parquet, by pandas."
+    import pandas as pd
+
+    try:
+        pd.DataFrame(rows, columns=COLUMNS).to_parquet(tmp, index=False)
+    except ImportError:
+        way = 'Parquet needs pyarrow: `pip install pyarrow`, or choose a .csv'
+        raise ValueError(f'{path}: {way}') from None
+
+
+_WRITERS = {'.csv': _csv, '.parquet': _parquet}
