@@ -125,7 +125,7 @@ def _layers(doc, name, scale, where):
         _mapping(at.get(scale), f'{place} scales: {scale}:'),
     ]
 
-
+# %% ../../nbs/lab/02_batches.ipynb #a289dd6a
 def _given(layers, parameters, place):
     "What the layers say together; a list of seeds as it stands."
     given = {}
@@ -139,7 +139,7 @@ def _given(layers, parameters, place):
         raise BadBatch(f'{place} seed: the list is empty')
     return given
 
-
+# %% ../../nbs/lab/02_batches.ipynb #b7e12b09
 def _expanded(doc, scale, parameters, where):
     "Slug, what differs from the defaults, and all parameters of each run."
     for name in doc['runs']:

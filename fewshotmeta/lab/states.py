@@ -54,7 +54,7 @@ def broken(self: State) -> bool:
     "Whether the result is not what was written."
     return self.kind == 'broken'
 
-
+# %% ../../nbs/lab/03_states.ipynb #ababe919
 @patch(as_prop=True)
 def running(self: State) -> bool:
     "Whether a living process executes it."

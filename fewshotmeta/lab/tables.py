@@ -33,10 +33,11 @@ def beside_table(
 # %% ../../nbs/lab/09_tables.ipynb #242ecd5a
 def _by_column(built):
     "Rows in the order in which their columns appear, columns without data last."
-    columns = list(dict.fromkeys(r['column'] for r in built))
-    with_data = {r['column'] for r in built if r['ours'] != NO_DATA}
-    columns.sort(key=lambda column: column not in with_data)
-    return sorted(built, key=lambda r: columns.index(r['column']))
+    with_data = dict.fromkeys(r['column'] for r in built if r['ours'] != NO_DATA)
+    columns = dict.fromkeys(r['column'] for r in built)
+    last = [column for column in columns if column not in with_data]
+    columns = [column for column in columns if column in with_data] + last
+    return [r for column in columns for r in built if r['column'] == column]
 
 
 def _letters(built):

@@ -130,7 +130,7 @@ def execute(
         record_failure(p, type(e).__name__, str(e), traceback.format_exc())
     return True
 
-
+# %% ../../nbs/lab/03_work.ipynb #13f54f45
 def _begun_since(p, began):
     "Whether a run that is made anew was begun already by this batch: then it continues."
     checkpoint = p.folder / 'checkpoint.safetensors'
