@@ -29,8 +29,7 @@ class Options:
     force: bool = False  # run again what is finished
     stale: bool = False  # run again what was finished by other code
     limit: float = 0  # minutes that a run may take; 0: no limit
-    # more for sbatch, as submitit names it: partition, time (minutes), mem, gpus_per_node, …
-    slurm: dict = field(default_factory=dict)
+    slurm: dict = field(default_factory=dict)  # for sbatch, in submitit's names: time (minutes), …
 
     def __post_init__(self):
         check_size('jobs', self.jobs, 0)
