@@ -1,12 +1,25 @@
-"""The published numbers: as many as the tables have cells, digits as printed, one reference a cell, errors that help."""
+"""The published numbers: all of them, digits as printed, one reference a cell, errors that help."""
 
-import csv, re, subprocess, sys, tomllib
+import csv
+import re
+import subprocess
+import sys
+import tomllib
 from collections import Counter
 from importlib import resources
+
 import pytest
 from conftest import ROOT
-from fewshotmeta.all import *
-from fewshotmeta.lab.published import _everything
+from fewshotmeta.lab.published import (
+    MISSING,
+    Published,
+    _everything,
+    contradictions,
+    markdown_table,
+    published,
+    published_table,
+    reference,
+)
 
 # counted in the papers: rows, columns, cells without a number, numbers that only the text has
 SHAPES = {
@@ -36,23 +49,17 @@ REST = {
 @pytest.mark.parametrize('id', SHAPES)
 def test_a_table_has_as_many_numbers_as_cells(id):
     rows, columns, empty, text = SHAPES[id]
-    cells, spoken = (
-        [p for p in published(id) if p.table != 'text'],
-        [p for p in published(id) if p.table == 'text'],
-    )
+    cells = [p for p in published(id) if p.table != 'text']
+    spoken = [p for p in published(id) if p.table == 'text']
     assert (len({p.row for p in cells}), len({p.column for p in cells})) == (rows, columns)
-    assert (len(cells), sum(p.value is None for p in cells), len(spoken)) == (
-        rows * columns,
-        empty,
-        text,
-    )
+    assert len(cells) == rows * columns
+    assert sum(p.value is None for p in cells) == empty
+    assert len(spoken) == text
 
 
 def test_nothing_else_is_there():
-    assert (
-        Counter(p.id for p in published())
-        == {i: r * c + t for i, (r, c, _, t) in SHAPES.items()} | REST
-    )
+    shapes = {id: rows * columns + text for id, (rows, columns, _, text) in SHAPES.items()}
+    assert Counter(p.id for p in published()) == shapes | REST
 
 
 def test_one_reference_a_cell_which_comes_first():
@@ -64,27 +71,23 @@ def test_one_reference_a_cell_which_comes_first():
 
 
 def test_the_file_is_what_is_read():
-    with (resources.files('fewshotmeta') / 'published.csv').open(encoding='utf-8', newline='') as f:
+    file = resources.files('fewshotmeta.lab') / 'published.csv'
+    with file.open(encoding='utf-8', newline='') as f:
         lines = list(csv.DictReader(f))
-    assert set(lines[0]) == set(Published.__dataclass_fields__) - {'printed'} and len(lines) == len(
-        published()
-    )
+    assert set(lines[0]) == set(Published.__dataclass_fields__) - {'printed'}
+    assert len(lines) == len(published())
     for line, p in zip(lines, published()):
-        assert all(
-            re.fullmatch(r'(\d+(\.\d+)?)?', line[k]) and line[k] in str(p)
-            for k in ('value', 'interval')
-        ), line
-        assert (
-            (p.value is None) == (line['value'] == '')
-            and (p.interval is None or p.meaning)
-            and (p.value is not None or p.note)
-        ), line
-    assert (
-        'published.csv'
-        in tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['setuptools'][
-            'package-data'
-        ]['fewshotmeta']
-    )
+        for k in ('value', 'interval'):
+            assert re.fullmatch(r'(\d+(\.\d+)?)?', line[k]), line
+            assert line[k] in str(p), line
+        assert (p.value is None) == (line['value'] == ''), line
+        assert p.interval is None or p.meaning, line
+        assert p.value is not None or p.note, line
+
+
+def test_the_file_is_installed():
+    settings = tomllib.loads((ROOT / 'pyproject.toml').read_text())
+    assert 'published.csv' in settings['tool']['setuptools']['package-data']['fewshotmeta.lab']
 
 
 @pytest.mark.parametrize(
@@ -124,18 +127,16 @@ def test_numbers_have_the_shape_of_what_they_measure():
     for p in published():
         assert p.value is None or p.unit != '%' or 0 < p.value < 100
     for row in {p.row for p in published('HID-T1')}:
-        assert (v := [p.value for p in published('HID-T1', row)]) == sorted(v, reverse=True)
+        values = [p.value for p in published('HID-T1', row)]
+        assert values == sorted(values, reverse=True)
     for p in published('HID-T1'):
         assert p.value > 100 / int(p.column) - 0.01
-    for id, column in (
-        ('HM-T3', 'seconds'),
-        ('HM-T6', 'CUB seconds'),
-        ('HM-T6', 'mini-ImageNet seconds'),
-    ):
-        assert (v := [p.value for p in published(id, column=column, method='MAML')]) == sorted(v)
-    assert [p.steps for p in published('HM-T6', column='CUB accuracy', method='MAML')] == list(
-        range(8)
-    )
+    times = [('HM-T3', 'seconds'), ('HM-T6', 'CUB seconds'), ('HM-T6', 'mini-ImageNet seconds')]
+    for id, column in times:
+        values = [p.value for p in published(id, column=column, method='MAML')]
+        assert values == sorted(values)
+    maml = published('HM-T6', column='CUB accuracy', method='MAML')
+    assert [p.steps for p in maml] == list(range(8))
 
 
 def test_contradictions_name_one_thing_and_begin_with_the_table():
@@ -146,26 +147,23 @@ def test_contradictions_name_one_thing_and_begin_with_the_table():
         ('HM-T3', 'Table 3', 80.778),
         ('HM-T4', 'Table 4', 79.1),
     ]
-    assert [p.value for p in groups['MAML++, Omniglot 20-way 1-shot']] == [
-        97.65,
-        97.76,
-    ] and 'MAML++, Omniglot 20-way 5-shot' not in groups
-    assert [p.printed for p in groups['MAML++, mini-ImageNet 5-way 5-shot']] == [
-        '67.15',
-        '68.32 ± 0.44',
-    ]
+    assert [p.value for p in groups['MAML++, Omniglot 20-way 1-shot']] == [97.65, 97.76]
+    assert 'MAML++, Omniglot 20-way 5-shot' not in groups
+    mini = groups['MAML++, mini-ImageNet 5-way 5-shot']
+    assert [p.printed for p in mini] == ['67.15', '68.32 ± 0.44']
     assert all(g[0].reference and len(g) > 1 for g in groups.values())
 
 
+def measured_by(ids, *names):
+    "Who measured the numbers of some tables."
+    return {p.measured_by for id in ids for p in published(id, *names)}
+
+
 def test_who_measured_it():
-    assert {p.measured_by for id in ('HM-T1', 'HM-T2') for p in published(id, 'MAML')} == {
-        'quoted from the DKT paper (Patacchiola et al. 2020)'
-    }
-    assert {
-        p.measured_by
-        for id in ('HM-T3', 'HM-T4', 'HM-T6', 'HID-T1', 'HID-T2')
-        for p in published(id)
-    } == {'the paper'}
+    quoted = 'quoted from the DKT paper (Patacchiola et al. 2020)'
+    assert measured_by(('HM-T1', 'HM-T2'), 'MAML') == {quoted}
+    own = ('HM-T3', 'HM-T4', 'HM-T6', 'HID-T1', 'HID-T2')
+    assert measured_by(own) == {'the paper'}
     assert not any(p.interval for p in published(paper='Drumond et al. 2020'))
 
 
@@ -188,11 +186,17 @@ def test_errors_name_the_nearest(look, says):
 
 @pytest.mark.parametrize('id', [*SHAPES, *REST])
 def test_tables_are_whole(id):
-    lines = published_table(id).split('\n\n')[0].splitlines()
-    assert len({line.count('|') for line in lines}) == 1 and len(lines) == 2 + len(
-        {p.row for p in published(id)}
-    )
-    assert all(str(p) in published_table(id) for p in published(id))
+    table = published_table(id)
+    lines = table.split('\n\n')[0].splitlines()
+    assert len({line.count('|') for line in lines}) == 1
+    assert len(lines) == 2 + len({p.row for p in published(id)})
+    assert all(str(p) in table for p in published(id))
+
+
+def test_a_table_in_markdown():
+    table = markdown_table(['a', 'b'], [[1, 'x'], (2.5, None)], ['---', '---:'])
+    assert table == '| a | b |\n| --- | ---: |\n| 1 | x |\n| 2.5 | None |'
+    assert markdown_table(['', ''], []) == '|  |  |\n| --- | --- |'
 
 
 def test_a_number_cannot_be_changed():
@@ -202,11 +206,13 @@ def test_a_number_cannot_be_changed():
     assert published() and isinstance(_everything(), tuple)
 
 
+LOOK = '''
+import sys
+import fewshotmeta.lab.published
+print([m for m in ("torch", "pandas", "matplotlib") if m in sys.modules])
+'''
+
+
 def test_importing_it_needs_neither_torch_nor_pandas():
-    code = 'import sys; import fewshotmeta.lab.published; print([m for m in ("torch", "pandas", "matplotlib") if m in sys.modules])'
-    assert (
-        subprocess.run(
-            [sys.executable, '-c', code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == '[]'
-    )
+    out = subprocess.run([sys.executable, '-c', LOOK], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == '[]'
