@@ -9,6 +9,8 @@ __all__ = []
 from .data.files import *
 from .data.checks import *
 from .data.banks import *
+from .data.images import *
+from .data.glyphs import *
 from .data.datasets import *
 from .data.episodes import *
 from .data.augment import *
