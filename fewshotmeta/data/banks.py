@@ -58,7 +58,7 @@ class ImageBank:
     def __len__(self):
         return len(self.classes)
 
-# %% ../../nbs/data/02_banks.ipynb #d50e0b46
+# %% ../../nbs/data/02_banks.ipynb #da11eb6d
 def _digest(images):
     "Compute the SHA-256 of some images and their shape."
     shape = str(tuple(images.shape[1:])).encode()
@@ -72,7 +72,7 @@ def digest(self: ImageBank) -> str:
     rows = [f'{name}|{family}|{digest}' for name, family, digest in of_class]
     return hashlib.sha256('\n'.join(rows).encode()).hexdigest()[:16]
 
-
+# %% ../../nbs/data/02_banks.ipynb #efffb1f0
 @patch
 def __repr__(self: ImageBank):
     n, size = int(self.count.sum()), '×'.join(map(str, self.images.shape[1:]))
@@ -89,7 +89,7 @@ def __getitem__(
     i = self.classes.index(c) if isinstance(c, str) else int(c)
     return self.images[self.start[i] : self.start[i] + self.count[i]]
 
-# %% ../../nbs/data/02_banks.ipynb #bac2b13d
+# %% ../../nbs/data/02_banks.ipynb #0b47888a
 @patch
 def select(
     self: ImageBank,
@@ -108,7 +108,7 @@ def select(
     start, count, family = self.start[classes], self.count[classes], self.family[classes]
     return ImageBank(self.images, start, count, names, family, name or self.name, digests)
 
-# %% ../../nbs/data/02_banks.ipynb #4804708f
+# %% ../../nbs/data/02_banks.ipynb #beca4d21
 @patch
 def to(self: ImageBank, device) -> ImageBank:
     "Copy the bank, with its own images and no others, to a device."
@@ -129,7 +129,7 @@ def with_channels(
     images = grey.images.repeat(1, channels, 1, 1)
     return ImageBank(images, grey.start, grey.count, grey.classes, grey.family, grey.name)
 
-# %% ../../nbs/data/02_banks.ipynb #d956d9da
+# %% ../../nbs/data/02_banks.ipynb #8df88e1f
 @patch
 def rotated(self: ImageBank) -> ImageBank:
     "Add every class turned by 90°, 180° and 270°, as further members of its family."
@@ -153,7 +153,7 @@ def rotated(self: ImageBank) -> ImageBank:
         digests,
     )
 
-# %% ../../nbs/data/02_banks.ipynb #0c0f7cbd
+# %% ../../nbs/data/02_banks.ipynb #04ac0256
 #| code-fold: true
 def draw_grid(
     images,  # each (channels, height, width), values in 0 … 255
@@ -186,7 +186,7 @@ def show_grid(
     draw_grid(images, cols, title)
     plt.show()
 
-# %% ../../nbs/data/02_banks.ipynb #83c68820
+# %% ../../nbs/data/02_banks.ipynb #c420fedc
 @patch
 def show(self: ImageBank, rows: int = 4, cols: int = 12, seed: int = 0):
     "Show one image of some classes."
@@ -195,7 +195,7 @@ def show(self: ImageBank, rows: int = 4, cols: int = 12, seed: int = 0):
     images = [self[int(i)][int(rng.integers(self.count[i]))] for i in shown]
     show_grid(images, cols, f'{self.name}: {len(self)} classes')
 
-# %% ../../nbs/data/02_banks.ipynb #a3993b22
+# %% ../../nbs/data/02_banks.ipynb #7c2296cb
 @lru_cache
 def splits(
     name: str,  # omniglot, emnist, mini_imagenet, cub, glyphs
@@ -238,7 +238,7 @@ def as_os_error(
         return OSError(int(code[1]), os.strerror(int(code[1])), str(path))
     return OSError(errno.EIO, f'writing {path} failed: {error}')
 
-# %% ../../nbs/data/02_banks.ipynb #b5e9ca10
+# %% ../../nbs/data/02_banks.ipynb #4df97736
 def load_bank(
     path: Path,
     made_from: dict | None = None,  # what must have made it; none: anything
@@ -311,7 +311,7 @@ def cached(
             return _uncached(bank, e)
         return load_bank(path, made_from)
 
-# %% ../../nbs/data/02_banks.ipynb #ff6892df
+# %% ../../nbs/data/02_banks.ipynb #eb83ab1c
 def _place(made_from):
     "Find the file of a bank in the cache; its name does not depend on the source's times."
     key = {k: v for k, v in made_from.items() if k != 'source'}
