@@ -182,7 +182,10 @@ def _chances(self: EpisodeSampler, index):
     chances = ((bits >> np.uint64(40)) / np.float32(2**24)).astype(np.float32)
     return chances.reshape(len(index), *shape)
 
-# %% ../../nbs/data/06_episodes.ipynb #ca2ec3cf
+# %% ../../nbs/data/06_episodes.ipynb #72386d25
+EpisodeSampler._images = EpisodeSampler.prepared  # the name under which mini-batches ask for it
+
+# %% ../../nbs/data/06_episodes.ipynb #8a7362c9
 @patch
 def __getitem__(self: EpisodeSampler, i) -> Episodes:
     "Give episode `i`, or those of a slice or a list of numbers as one batch."
@@ -219,7 +222,7 @@ def _flat(a):
     tasks, n_way, n, *rest = a.shape
     return torch.from_numpy(np.ascontiguousarray(a).reshape(tasks, n_way * n, *rest))
 
-# %% ../../nbs/data/06_episodes.ipynb #7fe5b143
+# %% ../../nbs/data/06_episodes.ipynb #0eb4297e
 @patch(as_prop=True)
 def way_range(self: EpisodeSampler) -> tuple[int, int]:
     "Tell the fewest and most classes of an episode."
@@ -250,7 +253,7 @@ def digest(
             h.update(np.ascontiguousarray(part).tobytes())
     return h.hexdigest()[:16]
 
-# %% ../../nbs/data/06_episodes.ipynb #9a1d147b
+# %% ../../nbs/data/06_episodes.ipynb #f03139f6
 @patch
 def describe(
     self: EpisodeSampler,
@@ -314,7 +317,7 @@ class WaysSampler:
         "Fewest and most classes of an episode."
         return self.low, self.high
 
-# %% ../../nbs/data/06_episodes.ipynb #dbe18b10
+# %% ../../nbs/data/06_episodes.ipynb #d039fcf0
 @patch
 def ways_at(self: WaysSampler, i: int) -> int:
     "Draw how many classes a task of meta-iteration `i` has."
