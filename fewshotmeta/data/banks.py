@@ -276,7 +276,7 @@ def _read_bank(path):
         raise BadBank(f'{path} is not a bank of this version: delete it, it will be built anew')
     return head, images
 
-
+# %% ../../nbs/data/02_banks.ipynb #751d32ee
 def _difference(found, wanted):
     "Say in which way a stored bank was made from something else."
     keys = [k for k in found | wanted if found.get(k) != wanted.get(k)]
