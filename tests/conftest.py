@@ -1,8 +1,12 @@
-"""Shared by all tests: a cache of their own, real data where FEWSHOTMETA_DATA says, visible skips elsewhere."""
+"""Shared by all tests: real data where FEWSHOTMETA_DATA says, visible skips elsewhere."""
 
-import json, os, subprocess
+import json
+import os
+import subprocess
 from pathlib import Path
-import pytest, torch
+
+import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,24 +19,26 @@ def real_data():
 
     if not root:
         pytest.skip('no real data: FEWSHOTMETA_DATA is not set')
-    if lacking := [r['name'] for r in data_status(root) if not r['found'] and r['name'] != 'cub']:
+    missing = [row['name'] for row in data_status(root) if not row['found']]
+    if lacking := [name for name in missing if name != 'cub']:
         pytest.skip(f'no real data: {root} lacks {", ".join(lacking)}')
     return Path(root)
 
 
 def full():
-    "Whether the reliability tests run at full length, as `make reliability` does, and leave their figures."
+    "Whether the reliability tests run at full length, as `make reliability` does."
     return bool(os.environ.get('FEWSHOTMETA_RECORD'))
 
 
 @pytest.fixture
 def record(request):
-    "`record(what, figure=…)` keeps what a reliability test found, for the table of the documentation."
+    "`record(what, figure=…)` keeps what a reliability test found, for the documentation."
 
     def keep(what, **figures):
         if full():
+            found = dict(what=what, test=request.node.nodeid, **figures)
             with open(os.environ['FEWSHOTMETA_RECORD'], 'a') as f:
-                print(json.dumps(dict(what=what, test=request.node.nodeid, **figures)), file=f)
+                print(json.dumps(found), file=f)
 
     return keep
 
@@ -51,9 +57,8 @@ def noise_bank():
 
     gen = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (1000, 1, 16, 16), generator=gen, dtype=torch.uint8)
-    return ImageBank(
-        images, range(0, 1000, 25), [25] * 40, [f'class{i:02d}' for i in range(40)], name='noise'
-    )
+    names = [f'class{i:02d}' for i in range(40)]
+    return ImageBank(images, range(0, 1000, 25), [25] * 40, names, name='noise')
 
 
 @pytest.fixture
@@ -78,13 +83,10 @@ def stopped(monkeypatch):
 
 
 def mounted(folder, options):
-    "A small file system of its own, which binds root, too; skipped, visibly, where one cannot be mounted."
+    "A small file system that binds root, too; a visible skip where none can be mounted."
     folder.mkdir()
-    done = subprocess.run(
-        ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(folder)],
-        capture_output=True,
-        text=True,
-    )
+    command = ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f'cannot mount a file system here: {done.stderr.strip()}')
     yield folder

@@ -1,19 +1,27 @@
 """Banks: what they hold, what they refuse, and that a bad file is never used."""
 
-import os, subprocess, sys
-import numpy as np, pytest, torch
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
 from PIL import Image
 from safetensors.torch import save_file
+
 from fewshotmeta.all import *
+from fewshotmeta.data.datasets import _omniglot_folders
 
 
 def write_images(folder, n=3, size=(30, 20), mode='RGB', seed=0):
+    "Write n images of noise."
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for i in range(n):
-        Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), np.uint8)).convert(mode).save(
-            folder / f'{i}.png'
-        )
+        noise = rng.integers(0, 255, (size[1], size[0], 3), np.uint8)
+        Image.fromarray(noise).convert(mode).save(folder / f'{i}.png')
 
 
 # ---- splits (T15)
@@ -61,109 +69,132 @@ def test_glyph_scripts_are_in_one_split_only():
 
 
 # ---- files to pixels
-def test_modes_and_transparency(tmp_path):
-    rgba = Image.new('RGBA', (10, 10), (255, 0, 0, 0))
-    rgba.save(tmp_path / 'clear.png')
-    from fewshotmeta.data.banks import read_image
+def test_transparency_is_white(tmp_path):
+    Image.new('RGBA', (10, 10), (255, 0, 0, 0)).save(tmp_path / 'clear.png')
+    assert read_image(tmp_path / 'clear.png', 10, 3).min() == 255
 
-    assert read_image(tmp_path / 'clear.png', 10, 3).min() == 255  # transparent is white
-    for mode in ('1', 'L', 'P', 'LA', 'RGB', 'RGBA', 'CMYK'):
-        f = tmp_path / f'{mode}.{"tif" if mode == "CMYK" else "png"}'
-        Image.fromarray(np.full((40, 60, 3), 77, np.uint8)).convert(mode).save(f)
-        assert read_image(f, 28, 3).shape == (3, 28, 28) and read_image(f, 28, 1).shape == (
-            1,
-            28,
-            28,
-        )
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'P', 'LA', 'RGB', 'RGBA', 'CMYK'])
+def test_modes(tmp_path, mode):
+    file = tmp_path / f'{mode}.{"tif" if mode == "CMYK" else "png"}'
+    Image.fromarray(np.full((40, 60, 3), 77, np.uint8)).convert(mode).save(file)
+    assert read_image(file, 28, 3).shape == (3, 28, 28)
+    assert read_image(file, 28, 1).shape == (1, 28, 28)
+
+
+def test_sixteen_bits_are_refused(tmp_path):
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(tmp_path / 'deep.png')
     with pytest.raises(BadImage, match='convert it to 8 bit'):
         read_image(tmp_path / 'deep.png', 9)
 
 
-def test_crop_squash_and_orientation(tmp_path):
-    from fewshotmeta.data.banks import read_image
-
+def stripes():
+    "White ends, black middle, (40, 80)."
     wide = np.zeros((40, 80), np.uint8)
-    wide[:, :20] = wide[:, 60:] = 255  # white ends, black middle
-    Image.fromarray(wide).save(tmp_path / 'wide.png')
-    assert read_image(tmp_path / 'wide.png', 20).max() == 0 and read_image(
-        tmp_path / 'wide.png', 20, squash=True
-    ).mean() == pytest.approx(127.5)
-    upright = Image.fromarray(wide[:, :60])
+    wide[:, :20] = 255
+    wide[:, 60:] = 255
+    return wide
+
+
+def test_crop_and_squash(tmp_path):
+    Image.fromarray(stripes()).save(tmp_path / 'wide.png')
+    assert read_image(tmp_path / 'wide.png', 20).max() == 0
+    squashed = read_image(tmp_path / 'wide.png', 20, squash=True)
+    assert squashed.mean() == pytest.approx(127.5)
+
+
+def test_a_phone_held_upright(tmp_path):
     exif = Image.Exif()
-    exif[0x112] = 6  # a phone held upright
-    upright.save(tmp_path / 'phone.jpg', exif=exif)
+    exif[0x112] = 6
+    Image.fromarray(stripes()[:, :60]).save(tmp_path / 'phone.jpg', exif=exif)
     turned = read_image(tmp_path / 'phone.jpg', 60, squash=True)
-    assert turned[0, :15].mean() > 200 and turned[0, 30:].mean() < 60
+    assert turned[0, :15].mean() > 200
+    assert turned[0, 30:].mean() < 60
+
+
+def test_a_file_that_is_no_image(tmp_path):
     (tmp_path / 'bad.pgm').write_bytes(b'P5 3 x 255 abc')
     with pytest.raises(BadImage, match='bad.pgm'):
         read_image(tmp_path / 'bad.pgm', 8)
 
 
-def test_resize_filter_is_what_it_says(tmp_path):
-    from fewshotmeta.data.banks import read_image
-
+def test_margin_cuts_the_centre_of_a_larger_image(tmp_path):
     rng = np.random.default_rng(0)
-    Image.fromarray(rng.random((105, 105)) > 0.5).save(tmp_path / 'bits.png')
-    assert set(np.unique(read_image(tmp_path / 'bits.png', 28, resize='nearest'))) <= {0, 255}
-    assert (
-        len(np.unique(read_image(tmp_path / 'bits.png', 28, resize='lanczos'))) > 50
-    )  # not silently nearest
-    a, b = (read_image(tmp_path / 'bits.png', 28, invert=i) for i in (False, True))
-    assert (a.astype(int) + b == 255).all()
+    Image.fromarray(rng.integers(0, 255, (40, 40), np.uint8)).save(tmp_path / 'a.png')
+    whole = read_image(tmp_path / 'a.png', 24, resize='bilinear')
+    centre = read_image(tmp_path / 'a.png', 20, resize='bilinear', margin=1.2)
+    assert np.array_equal(centre, whole[:, 2:22, 2:22])
 
 
-def test_image_folder_of_a_stranger(tmp_path, own_cache):
+def test_resize_filter_is_what_it_says(tmp_path):
+    rng = np.random.default_rng(0)
+    file = tmp_path / 'bits.png'
+    Image.fromarray(rng.random((105, 105)) > 0.5).save(file)
+    assert set(np.unique(read_image(file, 28, resize='nearest'))) <= {0, 255}
+    smooth = np.unique(read_image(file, 28, resize='lanczos'))
+    assert len(smooth) > 50  # not silently nearest
+    light, dark = read_image(file, 28), read_image(file, 28, invert=True)
+    assert (light.astype(int) + dark == 255).all()
+
+
+# ---- folders of classes
+@pytest.fixture
+def own_folder(tmp_path):
+    "Four class folders of three images each, of four modes and sizes."
     for i, (c, mode) in enumerate(dict(cats='RGB', dogs='L', fish='P', fowl='RGBA').items()):
-        write_images(tmp_path / 'own' / c, mode=mode, size=(20 + 9 * i, 50 - 7 * i), seed=i)
-    bank = image_folder(tmp_path / 'own', size=24)
-    assert (
-        bank.classes == ['cats', 'dogs', 'fish', 'fowl']
-        and bank.count.tolist() == [3] * 4
-        and bank.images.shape[1:] == (3, 24, 24)
-    )
-    (tmp_path / 'own' / 'dogs' / '9.jpg').write_bytes(b'\xff\xd8broken')
-    (tmp_path / 'own' / 'fish' / 'notes.txt').write_text('not an image')
-    with (
-        pytest.warns(UserWarning),
-        pytest.raises(
-            BadImage, match=r'1 of 13 files cannot be used, nothing was written:\n.*dogs/9.jpg'
-        ),
-    ):
-        image_folder(tmp_path / 'own', size=24)
+        size = (20 + 9 * i, 50 - 7 * i)
+        write_images(tmp_path / 'own' / c, mode=mode, size=size, seed=i)
+    return tmp_path / 'own'
+
+
+def test_image_folder_of_a_stranger(own_folder, own_cache):
+    bank = image_folder(own_folder, size=24)
+    assert bank.classes == ['cats', 'dogs', 'fish', 'fowl']
+    assert bank.count.tolist() == [3] * 4
+    assert bank.images.shape[1:] == (3, 24, 24)
+
+
+def test_a_broken_file_of_a_folder_is_named(own_folder, own_cache):
+    image_folder(own_folder, size=24)
+    (own_folder / 'dogs' / '9.jpg').write_bytes(b'\xff\xd8broken')
+    (own_folder / 'fish' / 'notes.txt').write_text('not an image')
+    words = r'1 of 13 files cannot be used, nothing was written:\n.*dogs/9.jpg'
+    with pytest.warns(UserWarning), pytest.raises(BadImage, match=words):
+        image_folder(own_folder, size=24)
     assert len(list(own_cache.rglob('*.safetensors'))) == 1  # only the first bank
     with pytest.warns(UserWarning, match='9.jpg'):
-        assert image_folder(tmp_path / 'own', size=24, skip_unreadable=True).count.sum() == 12
-    (tmp_path / 'own' / 'dogs' / '9.jpg').unlink()
-    write_images(tmp_path / 'own' / 'dogs', n=5)  # a changed folder is noticed
+        assert image_folder(own_folder, size=24, skip_unreadable=True).count.sum() == 12
+
+
+def test_a_changed_folder_is_noticed(own_folder, own_cache):
+    image_folder(own_folder, size=24)
+    write_images(own_folder / 'dogs', n=5)
     with pytest.warns(UserWarning, match='files that it was made from have changed'):
-        assert image_folder(tmp_path / 'own', size=24).count.tolist() == [3, 5, 3, 3]
+        assert image_folder(own_folder, size=24).count.tolist() == [3, 5, 3, 3]
 
 
-@pytest.mark.parametrize('what', ['truncated', 'wrong size', 'text'])
-def test_omniglot_bad_file_is_named_and_no_bank_written(tmp_path, own_cache, what):
-    for part, alphabets in dict(background=['A'], evaluation=['B']).items():
-        for a in alphabets:
-            write_images(
-                tmp_path / 'omniglot-py' / f'images_{part}' / a / 'character01',
-                size=(105, 105),
-                mode='1',
-            )
-    bad = tmp_path / 'omniglot-py' / 'images_background' / 'A' / 'character01' / '1.png'
-    if what == 'truncated':
-        bad.write_bytes(bad.read_bytes()[:60])
-    elif what == 'text':
-        bad.write_text('x')
-    else:
-        Image.new('1', (28, 28)).save(bad)
-    from fewshotmeta.data.datasets import _omniglot_files
-    from fewshotmeta.data.banks import images_in, build_bank
+# ---- data sets on generated trees
+def truncated(file):
+    file.write_bytes(file.read_bytes()[:60])
 
-    _, folders = _omniglot_files(tmp_path)
+
+def of_wrong_size(file):
+    Image.new('1', (28, 28)).save(file)
+
+
+def of_text(file):
+    file.write_text('x')
+
+
+@pytest.mark.parametrize('spoil', [truncated, of_wrong_size, of_text])
+def test_omniglot_bad_file_is_named_and_no_bank_written(tmp_path, own_cache, spoil):
+    base = tmp_path / 'omniglot-py'
+    for folder in ('images_background/A', 'images_evaluation/B'):
+        write_images(base / folder / 'character01', size=(105, 105), mode='1')
+    spoil(base / 'images_background' / 'A' / 'character01' / '1.png')
+    files = {c: images_in(folder) for c, folder in _omniglot_folders(base).items()}
     with pytest.raises(BadImage, match='character01/1.png'):
-        build_bank(
-            {c: images_in(f) for c, f in folders.items()}, 28, 1, 'omniglot', expect=(105, 105)
-        )
+        build_bank(files, 28, 1, 'omniglot', expect=(105, 105))
     with pytest.raises(DataMissing, match='lacks .* characters'):
         omniglot(root=tmp_path)
     assert not own_cache.exists()
@@ -178,91 +209,196 @@ def test_cub_on_a_generated_tree(tmp_path, own_cache):
         cub('base', root=tmp_path)
 
 
-def test_mini_imagenet_both_layouts(tmp_path, own_cache):
-    a, b = tmp_path / 'csv', tmp_path / 'folders'
+@pytest.fixture
+def mini_trees(tmp_path):
+    "The test split of mini-ImageNet with two images a class, in both layouts."
+    by_csv, by_folder = tmp_path / 'csv', tmp_path / 'folders'
+    images = by_csv / 'mini-imagenet' / 'images'
+    images.mkdir(parents=True)
     rows = ['filename,label']
     for i, c in enumerate(splits('mini_imagenet')['test']):
-        write_images(b / 'mini-imagenet' / 'test' / c, n=2, size=(84, 84), seed=i)
-        (a / 'mini-imagenet' / 'images').mkdir(parents=True, exist_ok=True)
+        folder = by_folder / 'mini-imagenet' / 'test' / c
+        write_images(folder, n=2, size=(84, 84), seed=i)
         for j in range(2):
-            (a / 'mini-imagenet' / 'images' / f'{c}_{j}.png').write_bytes(
-                (b / 'mini-imagenet' / 'test' / c / f'{j}.png').read_bytes()
-            )
+            (images / f'{c}_{j}.png').write_bytes((folder / f'{j}.png').read_bytes())
             rows.append(f'{c}_{j}.png,{c}')
-    (a / 'mini-imagenet' / 'test.csv').write_text('\n'.join(rows))
-    assert mini_imagenet('test', root=a).digest == mini_imagenet('test', root=b).digest
-    (a / 'mini-imagenet' / 'test.csv').write_text('\n'.join(rows[:-2]))
-    os.utime(a / 'mini-imagenet' / 'test.csv', (1, 1))
+    (by_csv / 'mini-imagenet' / 'test.csv').write_text('\n'.join(rows))
+    return by_csv, by_folder
+
+
+def test_mini_imagenet_both_layouts(mini_trees, own_cache):
+    by_csv, by_folder = mini_trees
+    bank = mini_imagenet('test', root=by_csv)
+    assert bank.digest == mini_imagenet('test', root=by_folder).digest
+
+
+def test_mini_imagenet_of_another_split(mini_trees, own_cache):
+    by_csv, _ = mini_trees
+    mini_imagenet('test', root=by_csv)
+    file = by_csv / 'mini-imagenet' / 'test.csv'
+    file.write_text('\n'.join(file.read_text().split('\n')[:-2]))
+    os.utime(file, (1, 1))
     with pytest.warns(UserWarning), pytest.raises(DataMissing, match='1 classes differ'):
-        mini_imagenet('test', root=a)
+        mini_imagenet('test', root=by_csv)
+
+
+# ---- EMNIST on synthetic IDX files
+def idx(path, array):
+    "Write an array of bytes as an IDX file."
+    sizes = b''.join(n.to_bytes(4, 'big') for n in array.shape)
+    path.write_bytes(bytes([0, 0, 8, array.ndim]) + sizes + array.astype(np.uint8).tobytes())
+
+
+def drawn(top, left, height, width):
+    "Draw a bar as a person sees it: 28×28, upright, dark ink (20) on light paper (240)."
+    image = np.full((28, 28), 240, np.uint8)
+    image[top : top + height, left : left + width] = 20
+    return image
+
+
+# what the images of some classes look like, upright; no two alike when transposed or inverted
+BARS = {
+    '1': [drawn(2, 12, 24, 3), drawn(2, 13, 24, 3)],
+    'L': [drawn(20, 3, 4, 20), drawn(21, 3, 4, 20), drawn(22, 3, 4, 20)],
+    'd': [drawn(14, 5, 10, 6), drawn(3, 18, 10, 4)],
+    'T': [drawn(1, 4, 3, 20)],
+}
+
+
+@pytest.fixture
+def small_emnist(tmp_path):
+    "The classes of `BARS` in EMNIST's files: transposed, light ink on dark, classes mixed."
+    raw = tmp_path / 'EMNIST' / 'raw'
+    raw.mkdir(parents=True)
+    pairs = [(EMNIST_CLASSES.index(c), image) for c, images in BARS.items() for image in images]
+    order = [5, 0, 7, 2, 3, 1, 6, 4]
+    assert [pairs[i][0] for i in order] != sorted(label for label, _ in pairs)
+    images = np.stack([255 - pairs[i][1].T for i in order])
+    labels = np.array([pairs[i][0] for i in order])
+    idx(raw / 'emnist-byclass-test-images-idx3-ubyte', images)
+    idx(raw / 'emnist-byclass-test-labels-idx1-ubyte', labels)
+    return tmp_path, [pairs[i] for i in order]
+
+
+def in_file_order(pairs, c):
+    "The upright images of a class, in the order of the file."
+    return [image for label, image in pairs if EMNIST_CLASSES[label] == c]
+
+
+def test_emnist_is_turned_upright_and_has_dark_ink(small_emnist, own_cache):
+    "What the loader gives is what a person saw, pixel for pixel."
+    root, pairs = small_emnist
+    banks = [emnist(split, root=root, download=False) for split in ('val', 'test')]
+    found = {c: bank for bank in banks for c in bank.classes}
+    assert len(found) == 62
+    for c in EMNIST_CLASSES:
+        wanted = in_file_order(pairs, c)
+        assert len(found[c][c]) == len(wanted)
+        for image, upright in zip(found[c][c], wanted):
+            assert np.array_equal(image[0], upright), c
+
+
+def test_emnist_inverted_resized_and_in_three_channels(small_emnist, own_cache):
+    root, pairs = small_emnist
+    plain = emnist('test', root=root, download=False)
+    light = emnist('test', root=root, download=False, invert=True)
+    assert torch.equal(light.images, 255 - plain.images)
+    three = emnist('test', root=root, download=False, channels=3)
+    assert torch.equal(three['L'], plain['L'].repeat(1, 3, 1, 1))
+    wide = emnist('test', root=root, download=False, size=14, resize='box')
+    upright = in_file_order(pairs, 'L')[0].reshape(14, 2, 14, 2).mean((1, 3))
+    assert np.abs(wide['L'][0, 0].numpy() - upright).max() <= 1
+
+
+def test_emnist_classes_of_a_split(small_emnist, own_cache):
+    root, _ = small_emnist
+    assert emnist('val', root=root, download=False).classes == EMNIST_CLASSES[0::2]
+    assert emnist('test', root=root, download=False).classes == EMNIST_CLASSES[1::2]
+
+
+def test_emnist_with_another_number_of_labels(small_emnist, own_cache):
+    root, _ = small_emnist
+    idx(root / 'EMNIST' / 'raw' / 'emnist-byclass-test-labels-idx1-ubyte', np.zeros(7))
+    with pytest.raises(BadImage, match='8 images but 7 labels'):
+        emnist(root=root, download=False)
+
+
+def test_idx_truncated(small_emnist, own_cache):
+    root, _ = small_emnist
+    file = root / 'EMNIST' / 'raw' / 'emnist-byclass-test-images-idx3-ubyte'
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(BadImage, match='images-idx3-ubyte: not a whole IDX file'):
+        emnist(root=root)
+    assert not list(own_cache.rglob('*.safetensors'))
 
 
 # ---- bad input
-@pytest.mark.parametrize(
-    'call,words',
-    [
-        (
-            lambda: omniglot('validation'),
-            "split='validation'.*choose one of 'train', 'val', 'test'",
-        ),
-        (lambda: omniglot(protocol='mine'), "protocol='mine'"),
-        (lambda: emnist('train'), "split='train'.*'val', 'test'"),
-        (lambda: mini_imagenet('novel'), "split='novel'"),
-        (lambda: cub('train'), "split='train'.*'base'"),
-        (lambda: glyphs('x'), "split='x'"),
-        (lambda: load_data('svhn', 'train'), "data='svhn'"),
-        (lambda: glyphs(size=2), 'size=2: expected a whole number of at least 8'),
-        (lambda: omniglot(size=-4), 'size=-4'),
-        (lambda: omniglot(channels=2), 'channels=2: 1 .grey. or 3'),
-        (lambda: emnist(margin=0.5), 'margin=0.5: at least 1'),
-        (lambda: mini_imagenet(resize='sharp'), "resize='sharp'"),
-        (lambda: cub(size=0), 'size=0'),
-        (lambda: image_folder('.', channels=4), 'channels=4'),
-    ],
-)
-def test_unknown_names_list_the_known(call, words):
+TRAIN_VAL_TEST = "split='validation'.*choose one of 'train', 'val', 'test'"
+BAD_CALLS = [
+    (omniglot, dict(split='validation'), TRAIN_VAL_TEST),
+    (omniglot, dict(protocol='mine'), "protocol='mine'"),
+    (emnist, dict(split='train'), "split='train'.*'val', 'test'"),
+    (mini_imagenet, dict(split='novel'), "split='novel'"),
+    (cub, dict(split='train'), "split='train'.*'base'"),
+    (glyphs, dict(split='x'), "split='x'"),
+    (load_data, dict(name='svhn', split='train'), "data='svhn'"),
+    (glyphs, dict(size=2), 'size=2: expected a whole number of at least 8'),
+    (omniglot, dict(size=-4), 'size=-4'),
+    (omniglot, dict(channels=2), 'channels=2: 1 .grey. or 3'),
+    (emnist, dict(margin=0.5), 'margin=0.5: at least 1'),
+    (mini_imagenet, dict(resize='sharp'), "resize='sharp'"),
+    (cub, dict(size=0), 'size=0'),
+    (image_folder, dict(path='.', channels=4), 'channels=4'),
+]
+
+
+@pytest.mark.parametrize('load,arguments,words', BAD_CALLS)
+def test_unknown_names_list_the_known(load, arguments, words):
     with pytest.raises(ValueError, match=words):
-        call()
+        load(**arguments)
 
 
-@pytest.mark.parametrize(
-    'load,place',
-    [
-        (lambda r: omniglot(root=r, download=False), 'omniglot-py'),
-        (lambda r: emnist(root=r, download=False), 'EMNIST/raw'),
-        (lambda r: mini_imagenet(root=r), 'mini-imagenet'),
-        (lambda r: cub(root=r), 'CUB_200_2011'),
-    ],
-)
-def test_missing_data_says_where_and_how(load, place, tmp_path):
+ABSENT = [
+    (omniglot, dict(download=False), 'omniglot-py'),
+    (emnist, dict(download=False), 'EMNIST/raw'),
+    (mini_imagenet, {}, 'mini-imagenet'),
+    (cub, {}, 'CUB_200_2011'),
+]
+
+
+@pytest.mark.parametrize('load,arguments,place', ABSENT)
+def test_missing_data_says_where_and_how(load, arguments, place, tmp_path):
     with pytest.raises(DataMissing) as e:
-        load(tmp_path)
-    assert str(tmp_path) in str(e.value) and place in str(e.value) and 'To get it' in str(e.value)
+        load(root=tmp_path, **arguments)
+    assert str(tmp_path) in str(e.value)
+    assert place in str(e.value)
+    assert 'To get it' in str(e.value)
+
+
+LOAD_OMNIGLOT = '''
+import sys, warnings
+warnings.simplefilter("ignore")
+from fewshotmeta.all import *
+try:
+    omniglot(root=sys.argv[1])
+except DataMissing as e:
+    print("MISSING", e)
+'''
 
 
 def test_failed_download_is_data_missing(tmp_path):
-    code = f'import warnings; warnings.simplefilter("ignore")\nfrom fewshotmeta.all import *\ntry: omniglot(root={str(tmp_path)!r})\nexcept DataMissing as e: print("MISSING", e)'
-    env = os.environ | dict(
-        https_proxy='http://127.0.0.1:9', http_proxy='http://127.0.0.1:9', no_proxy=''
-    )
-    out = subprocess.run(
-        [sys.executable, '-c', code], env=env, capture_output=True, text=True
-    ).stdout
-    assert 'MISSING omniglot is not under' in out and 'fewshotmeta data --get omniglot' in out
+    nowhere = 'http://127.0.0.1:9'
+    env = os.environ | dict(https_proxy=nowhere, http_proxy=nowhere, no_proxy='')
+    command = [sys.executable, '-c', LOAD_OMNIGLOT, str(tmp_path)]
+    out = subprocess.run(command, env=env, capture_output=True, text=True).stdout
+    assert 'MISSING omniglot is not under' in out
+    assert 'fewshotmeta data --get omniglot' in out
 
 
-def test_idx_truncated(tmp_path, own_cache):
-    raw = tmp_path / 'EMNIST' / 'raw'
-    raw.mkdir(parents=True)
-    (raw / 'emnist-byclass-test-images-idx3-ubyte').write_bytes(
-        bytes([0, 0, 8, 3]) + (2).to_bytes(4, 'big') + (28).to_bytes(4, 'big') * 2 + bytes(100)
-    )
-    (raw / 'emnist-byclass-test-labels-idx1-ubyte').write_bytes(
-        bytes([0, 0, 8, 1]) + (2).to_bytes(4, 'big') + bytes(2)
-    )
-    with pytest.raises(BadImage, match='images-idx3-ubyte: not a whole IDX file'):
-        emnist(root=tmp_path)
-    assert not list(own_cache.rglob('*.safetensors'))
+def test_status_tells_what_is_there(small_emnist):
+    root, _ = small_emnist
+    found = {row['name']: row['found'] for row in data_status(root)}
+    assert found == dict(glyphs=True, omniglot=False, emnist=True, mini_imagenet=False, cub=False)
 
 
 # ---- the cache
@@ -270,20 +406,14 @@ def test_bad_cached_bank_is_rebuilt(own_cache):
     digest = glyphs('val').digest
     (path,) = own_cache.rglob('*.safetensors')
     whole = path.read_bytes()
-    for bad in (
-        whole[:1000],
-        whole[:-1],
-        b'',
-        whole[:-3] + bytes([whole[-3] ^ 4]) + whole[-2:],
-        b'\x80\x04pickle',
-    ):
+    one_bit = whole[:-3] + bytes([whole[-3] ^ 4]) + whole[-2:]
+    for bad in (whole[:1000], whole[:-1], b'', one_bit, b'\x80\x04pickle'):
         path.write_bytes(bad)
         with pytest.warns(UserWarning, match='building it anew'):
             assert glyphs('val').digest == digest
         assert path.read_bytes() == whole
-    save_file(
-        {'images': torch.zeros(1, 1, 8, 8, dtype=torch.uint8)}, path
-    )  # somebody else's safetensors
+    foreign = {'images': torch.zeros(1, 1, 8, 8, dtype=torch.uint8)}
+    save_file(foreign, path)
     with pytest.warns(UserWarning, match='not a bank of this version'):
         assert glyphs('val').digest == digest
 
@@ -299,9 +429,8 @@ def test_full_disk(small_disk, monkeypatch):
     monkeypatch.setenv('FEWSHOTMETA_CACHE', str(small_disk))
     with pytest.warns(UserWarning, match='bank not cached'):
         assert len(glyphs('val')) == 154
-    assert not [
-        p for p in small_disk.rglob('*') if p.is_file() and p.stat().st_size
-    ]  # an empty lock may stay
+    stored = [p for p in small_disk.rglob('*') if p.is_file() and p.stat().st_size]
+    assert not stored  # an empty lock may stay
 
 
 # ---- banks
@@ -313,82 +442,104 @@ def test_rotations_are_family_members(noise_bank):
 
 
 def test_digest_sees_pixels_names_and_families(noise_bank):
-    other = ImageBank(
-        noise_bank.images.clone(), noise_bank.start, noise_bank.count, noise_bank.classes
-    )
-    assert other.digest == noise_bank.digest
-    other.images[999, 0, 15, 15] ^= 1
-    changed = ImageBank(other.images, noise_bank.start, noise_bank.count, noise_bank.classes)
-    renamed = ImageBank(
-        noise_bank.images, noise_bank.start, noise_bank.count, ['x', *noise_bank.classes[1:]]
-    )
-    family = ImageBank(
-        noise_bank.images,
-        noise_bank.start,
-        noise_bank.count,
-        noise_bank.classes,
-        [0, 0, *range(1, 39)],
-    )
-    assert len({b.digest for b in (noise_bank, changed, renamed, family)}) == 4
+    start, count, classes = noise_bank.start, noise_bank.count, noise_bank.classes
+    images = noise_bank.images.clone()
+    assert ImageBank(images, start, count, classes).digest == noise_bank.digest
+    images[999, 0, 15, 15] ^= 1
+    changed = ImageBank(images, start, count, classes)
+    renamed = ImageBank(noise_bank.images, start, count, ['x', *classes[1:]])
+    family = ImageBank(noise_bank.images, start, count, classes, [0, 0, *range(1, 39)])
+    assert len({bank.digest for bank in (noise_bank, changed, renamed, family)}) == 4
+
+
+def test_a_class_that_is_not_there(noise_bank):
     with pytest.raises(ValueError, match="no class 'zebra'"):
         noise_bank.select(['zebra'])
 
 
+# the banks and test tasks of every published number: a change of these must be meant
+DIGESTS = dict(train='0c3e7ac497610122', val='bf359801b1fd9354', test='28f2f7e22521e39a')
+TASKS = dict(train='039a39a2774c819a', val='c53c1e0a350a22f1', test='e5e473274efa7bd5')
+DRAWN_BY = 'matplotlib 3.11.2, FreeType 2.14.3'
+
+
+@pytest.mark.parametrize('split', DIGESTS)
+def test_glyphs_are_pinned(split):
+    "The same pixels and tasks as ever, where the same versions draw."
+    from fewshotmeta.data.glyphs import _renderer
+
+    if _renderer() != DRAWN_BY:
+        pytest.skip(f'drawn by {_renderer()}, pinned for {DRAWN_BY}')
+    bank = glyphs(split)
+    assert bank.digest == DIGESTS[split]
+    assert EpisodeSampler(bank, 5, 1, 3).digest() == TASKS[split]
+
+
 # ---- real data
-def test_real_omniglot(real_data):
+def test_real_omniglot_sizes(real_data):
     bank = omniglot('train')
-    assert len(bank) == 4600 and bank.n_families == 1150 and int(bank.count.sum()) == 92_000
-    val, test = omniglot('val'), omniglot('test')
-    assert (len(val), len(test)) == (50, 423) and not {c.split('@')[0] for c in bank.classes} & set(
-        val.classes
-    ) | set(val.classes) & set(test.classes)
-    assert (
-        omniglot('test', rotate=True).n_families == 423
-        and len(omniglot('test', rotate=True)) == 4 * 423
-    )
+    assert len(bank) == 4600
+    assert bank.n_families == 1150
+    assert int(bank.count.sum()) == 92_000
+    turned = omniglot('test', rotate=True)
+    assert turned.n_families == 423
+    assert len(turned) == 4 * 423
+    halves = [omniglot(half, protocol='lake2015') for half in ('background', 'evaluation')]
+    assert sum(map(len, halves)) == 1623
+
+
+def test_real_omniglot_splits_share_no_class(real_data):
+    train, val, test = (omniglot(split) for split in ('train', 'val', 'test'))
+    assert (len(val), len(test)) == (50, 423)
+    upright = {c.split('@')[0] for c in train.classes}
+    assert not upright & set(val.classes)
+    assert not upright & set(test.classes)
+    assert not set(val.classes) & set(test.classes)
+
+
+def test_real_omniglot_pixels(real_data):
+    bank = omniglot('train')
     assert set(np.unique(bank.images[:200])) == {0, 255}  # nearest keeps it binary
     assert bank.images.float().mean() > 127  # dark ink on light paper
     assert torch.equal(255 - bank.images[:50], omniglot('train', invert=True).images[:50])
-    assert (
-        len(omniglot('background', protocol='lake2015'))
-        + len(omniglot('evaluation', protocol='lake2015'))
-        == 1623
-    )
 
 
 def test_real_emnist_is_upright_and_of_omniglots_polarity(real_data):
-    "T17. A letter L has its ink in the lower left; transposed it would be in the upper right. A 7 is the opposite."
-    bank = emnist("test")
-    val = emnist('val')
+    "T17. A letter L has its ink in the lower left; transposed it would be in the upper right."
+    bank, val = emnist('test'), emnist('val')
     letters = {c: b for b in (bank, val) for c in b.classes}
 
     def ink(c):
         return 255 - letters[c][c].float().mean(0)[0]
 
     L, T = ink('L'), ink('T')
-    assert L[14:, :].sum() > L[:14, :].sum() and L[:, :14].sum() > L[:, 14:].sum()
+    assert L[14:, :].sum() > L[:14, :].sum()
+    assert L[:, :14].sum() > L[:, 14:].sum()
     assert L[20:, 14:20].mean() > 3 * L[2:8, 18:24].mean()  # the foot is below, nothing above right
     assert T[:10].sum() > T[18:].sum()  # the bar of T is on top
-    assert bank.images.float().mean() > 127 and (len(bank), len(val)) == (31, 31)
+    assert bank.images.float().mean() > 127
+    assert (len(bank), len(val)) == (31, 31)
+
+
+MEASURE_MINI_IMAGENET = '''
+import resource
+from fewshotmeta.all import *
+banks = [mini_imagenet(split) for split in ("train", "val", "test")]
+print(*map(len, banks))
+print(sum(int(bank.count.sum()) for bank in banks))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+'''
 
 
 def test_real_mini_imagenet_builds_in_little_memory(real_data, tmp_path):
     "60,000 JPEGs, behind a progress bar; the peak is that of the largest split and a copy."
-    code = (
-        'import resource, sys\nfrom fewshotmeta.all import *\n'
-        'n = [mini_imagenet(s) for s in ("train", "val", "test")]\n'
-        'print([len(b) for b in n], sum(int(b.count.sum()) for b in n), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20)'
-    )
-    out = subprocess.run(
-        [sys.executable, '-c', code],
-        env=os.environ | dict(FEWSHOTMETA_CACHE=str(tmp_path)),
-        capture_output=True,
-        text=True,
-    )
-    sizes, rest = out.stdout.split(']')
-    assert sizes == '[64, 16, 20' and rest.split()[0] == '60000', out.stderr[-2000:]
-    assert float(rest.split()[1]) < 3, rest
+    env = os.environ | dict(FEWSHOTMETA_CACHE=str(tmp_path))
+    command = [sys.executable, '-c', MEASURE_MINI_IMAGENET]
+    out = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert not out.returncode, out.stderr[-2000:]
+    classes, images, gigabytes = out.stdout.splitlines()
+    assert classes == '64 16 20'
+    assert images == '60000'
+    assert float(gigabytes) < 3, gigabytes
     assert 'building mini_imagenet train' in out.stderr
-    import shutil
-
     shutil.rmtree(tmp_path / 'banks')

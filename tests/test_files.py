@@ -1,23 +1,38 @@
 """Files: whole or not there, as they were written, one at a time; archives that lead elsewhere."""
 
-import io, os, stat, subprocess, sys, tarfile, zipfile
+import io
+import os
+import stat
+import subprocess
+import sys
+import tarfile
+import zipfile
+
 import pytest
+
 from fewshotmeta.all import *
 
 
-def test_seal_sees_every_change():
-    values = dict(a=1, b=[0.5, None, True], c=dict(d='ä'))
-    for other in (
-        dict(values, a=2),
-        dict(values, a=1.5),
-        dict(values, b=[0.5, None, False]),
-        {k: v for k, v in values.items() if k != 'a'},
-        dict(values, e=0),
-    ):
-        with pytest.raises(BadFile, match='where: its content is not what was stored'):
-            unseal(other | dict(sha256=seal(values)['sha256']), 'where')
-    assert unseal(seal(values), '') == values
-    for bad in (values, [], None, 'x'):
+# ---- sealed JSON
+VALUES = dict(a=1, b=[0.5, None, True], c=dict(d='ä'))
+OTHERS = [
+    dict(VALUES, a=2),
+    dict(VALUES, a=1.5),
+    dict(VALUES, b=[0.5, None, False]),
+    {k: v for k, v in VALUES.items() if k != 'a'},
+    dict(VALUES, e=0),
+]
+
+
+@pytest.mark.parametrize('other', OTHERS)
+def test_seal_sees_every_change(other):
+    with pytest.raises(BadFile, match='where: its content is not what was stored'):
+        unseal(other | dict(sha256=seal(VALUES)['sha256']), 'where')
+
+
+def test_a_seal_is_needed_and_comes_off():
+    assert unseal(seal(VALUES), '') == VALUES
+    for bad in (VALUES, [], None, 'x'):
         with pytest.raises(BadFile):
             unseal(bad, '')
 
@@ -32,16 +47,45 @@ def test_read_json_of_all_sorts(tmp_path):
         read_json(tmp_path / 'none.json')
 
 
-def test_atomic_leaves_the_old_file_and_nothing_else(tmp_path, small_disk, read_only):
+# ---- whole or not at all
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    "What is renamed was synced before, all of it, and not another file."
+    done = []
+    fsync, replace = os.fsync, os.replace
+
+    def recorded_fsync(descriptor):
+        found = os.fstat(descriptor)
+        done.append(('synced', found.st_ino, found.st_size))
+        fsync(descriptor)
+
+    def recorded_replace(source, target):
+        done.append(('renamed', os.stat(source).st_ino, target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'fsync', recorded_fsync)
+    monkeypatch.setattr(os, 'replace', recorded_replace)
+    path = tmp_path / 'x'
+    with atomic(path) as tmp:
+        tmp.write_text('whole')
+        inode = tmp.stat().st_ino
+        assert not done
+    assert done == [('synced', inode, 5), ('renamed', inode, path)]
+    assert path.read_text() == 'whole'
+
+
+def test_atomic_leaves_the_old_file_and_nothing_else(small_disk):
     path = small_disk / 'x'
     with atomic(path) as tmp:
         tmp.write_text('old')
-    with pytest.raises(
-        OSError, match=f'no space left to write {path}: free some, or choose another folder'
-    ):
+    full = f'no space left to write {path}: free some, or choose another folder'
+    with pytest.raises(OSError, match=full):
         with atomic(path) as tmp:
             tmp.write_bytes(bytes(1_000_000))
-    assert path.read_text() == 'old' and os.listdir(small_disk) == ['x']
+    assert path.read_text() == 'old'
+    assert os.listdir(small_disk) == ['x']
+
+
+def test_a_folder_that_cannot_be_written(read_only):
     with pytest.raises(PermissionError, match='cannot write .*: make .* writable'):
         with atomic(read_only / 'x') as tmp:
             tmp.write_text('new')
@@ -50,29 +94,52 @@ def test_atomic_leaves_the_old_file_and_nothing_else(tmp_path, small_disk, read_
             pass
 
 
+# ---- one at a time
+HOLD = '''
+import sys, time
+from fewshotmeta.data.files import locked
+with locked(sys.argv[1]):
+    print("mine", flush=True)
+    time.sleep(60)
+'''
+
+
 def test_a_lock_is_free_when_its_holder_is_killed(tmp_path):
-    code = f'import time\nfrom fewshotmeta.data.files import locked\nwith locked("{tmp_path}/lock"): print("mine", flush=True); time.sleep(60)'
-    holder = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+    lock = tmp_path / 'lock'
+    command = [sys.executable, '-c', HOLD, str(lock)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == 'mine\n'
     with pytest.raises(TimeoutError, match='lock is held by another process'):
-        with locked(tmp_path / 'lock', wait=0.2):
+        with locked(lock, wait=0.2):
             pass
     holder.kill()
     holder.wait()
-    with locked(tmp_path / 'lock', wait=0.2):
+    with locked(lock, wait=0.2):
         pass
 
 
+# ---- archives
+FILE = tarfile.REGTYPE
+LINK = tarfile.SYMTYPE
+HARD = tarfile.LNKTYPE
+FIFO = tarfile.FIFOTYPE
+DIR = tarfile.DIRTYPE
+
+
 def tar(path, *members):
+    "Write a tar archive of members (name, kind, target of a link)."
     with tarfile.open(path, 'w:gz') as t:
         for name, kind, target in members:
             m = tarfile.TarInfo(name)
-            m.type, m.linkname, m.size = kind, target, 1 if kind == tarfile.REGTYPE else 0
+            m.type = kind
+            m.linkname = target
+            m.size = int(kind == FILE)
             t.addfile(m, io.BytesIO(b'x'))
     return path
 
 
 def zipped(path, *members):
+    "Write a zip archive of members (name, mode)."
     with zipfile.ZipFile(path, 'w') as z:
         for name, mode in members:
             m = zipfile.ZipInfo(name)
@@ -81,50 +148,50 @@ def zipped(path, *members):
     return path
 
 
-FILE, LINK, HARD, FIFO, DIR = (
-    tarfile.REGTYPE,
-    tarfile.SYMTYPE,
-    tarfile.LNKTYPE,
-    tarfile.FIFOTYPE,
-    tarfile.DIRTYPE,
-)
 EVIL = ['../out', '/abs', 'a/../../out', '..', 'a/..', 'C:\\x', '..\\out', '\\abs']
 
 
 @pytest.mark.parametrize('name', EVIL)
 def test_archives_that_lead_elsewhere_are_refused_before_anything_is_written(tmp_path, name):
-    for archive in (
+    archives = [
         tar(tmp_path / 'a.tgz', ('fine', FILE, ''), (name, FILE, '')),
         zipped(tmp_path / 'a.zip', ('fine', 0), (name, 0)),
-    ):
+    ]
+    for archive in archives:
         with pytest.raises(BadFile, match='leads out of the folder: nothing was unpacked'):
             unpack(archive, tmp_path / 'data')
-    assert not (tmp_path / 'data').exists() and sorted(os.listdir(tmp_path)) == ['a.tgz', 'a.zip']
+    assert not (tmp_path / 'data').exists()
+    assert sorted(os.listdir(tmp_path)) == ['a.tgz', 'a.zip']
 
 
-@pytest.mark.parametrize(
-    'kind,target', [(LINK, '/etc'), (LINK, 'fine'), (HARD, 'fine'), (FIFO, '')]
-)
+ODD = [(LINK, '/etc'), (LINK, 'fine'), (HARD, 'fine'), (FIFO, '')]
+
+
+@pytest.mark.parametrize('kind,target', ODD)
 def test_links_and_devices_are_refused(tmp_path, kind, target):
-    with pytest.raises(BadFile, match="'odd' is a link or a device"):
-        unpack(
-            tar(tmp_path / 'a.tgz', ('fine', FILE, ''), ('odd', kind, target)), tmp_path / 'data'
-        )
-    with pytest.raises(BadFile, match="'odd' is a link or a device"):
-        unpack(zipped(tmp_path / 'a.zip', ('odd', stat.S_IFLNK | 0o777)), tmp_path / 'data')
+    archives = [
+        tar(tmp_path / 'a.tgz', ('fine', FILE, ''), ('odd', kind, target)),
+        zipped(tmp_path / 'a.zip', ('odd', stat.S_IFLNK | 0o777)),
+    ]
+    for archive in archives:
+        with pytest.raises(BadFile, match="'odd' is a link or a device"):
+            unpack(archive, tmp_path / 'data')
     assert not (tmp_path / 'data').exists()
 
 
-def test_whole_archives_and_broken_ones(tmp_path):
+def test_whole_archives(tmp_path):
     good = tar(tmp_path / 'a.tgz', ('set', DIR, ''), ('set/x.txt', FILE, ''))
-    assert (
-        unpack(good, tmp_path / 'data', digest_of(good)) == ['set']
-        and (tmp_path / 'data' / 'set' / 'x.txt').read_text() == 'x'
-    )
+    assert unpack(good, tmp_path / 'data', digest_of(good)) == ['set']
+    assert (tmp_path / 'data' / 'set' / 'x.txt').read_text() == 'x'
     with pytest.raises(FileExistsError, match='set is there already'):
         unpack(good, tmp_path / 'data')
     with pytest.raises(BadFile, match='expected 0000'):
         unpack(good, tmp_path / 'other', '0000')
+    assert not list((tmp_path / 'other').glob('*'))
+
+
+def test_broken_archives(tmp_path):
+    good = tar(tmp_path / 'a.tgz', ('set', DIR, ''), ('set/x.txt', FILE, ''))
     (tmp_path / 'b.tgz').write_bytes(good.read_bytes()[:40])
     with pytest.raises(BadFile, match='b.tgz is not'):
         unpack(tmp_path / 'b.tgz', tmp_path / 'other')
@@ -145,10 +212,11 @@ def test_full_disk_leaves_no_half_archive(tmp_path, small_disk):
 
 
 def test_downloads_are_checked_by_digest(tmp_path):
-    "torchvision, which downloads for us, refuses a file with another digest; every data set that it gets has one."
+    "torchvision, which downloads for us, knows a digest of every file and refuses another."
     from torchvision.datasets import EMNIST, Omniglot
     from torchvision.datasets.utils import check_integrity
 
     (tmp_path / 'x.zip').write_bytes(b'not it')
     for digest in (*Omniglot.zips_md5.values(), EMNIST.md5):
-        assert len(digest) == 32 and not check_integrity(str(tmp_path / 'x.zip'), digest)
+        assert len(digest) == 32
+        assert not check_integrity(str(tmp_path / 'x.zip'), digest)

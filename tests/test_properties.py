@@ -1,15 +1,23 @@
 """Properties, with inputs that nobody thought of."""
 
-import json, string
+import json
+import keyword
+import string
 from pathlib import Path
-import nbformat, pytest, torch, yaml
-from hypothesis import HealthCheck, example, given, settings, strategies as st
+
+import nbformat
+import pytest
+import torch
+import yaml
 from conftest import full
-from fewshotmeta.lab.batches import BadBatch, read_batch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
 from fewshotmeta.data.banks import ImageBank
 from fewshotmeta.data.episodes import EpisodeSampler
 from fewshotmeta.data.files import BadFile, read_json, seal, unseal, write_json
-from fewshotmeta.lab.parameters import BadParameters, read_parameters, merge_parameters, parse_value, default_name, split_name
+from fewshotmeta.lab.batches import BadBatch, read_batch
+from fewshotmeta.lab.parameters import BadParameters, default_name, merge_parameters, parse_value, read_parameters, split_name
 from fewshotmeta.training.schedules import SCHEDULES, Cosine, MultiStep
 
 often = settings(
@@ -29,12 +37,42 @@ literal = (
     | st.text(string.printable, max_size=12)
     | st.lists(st.integers(-9, 9), max_size=3)
 )
-name = st.from_regex(r'[a-z_][a-z0-9_]{0,8}', fullmatch=True).filter(
-    lambda s: not __import__('keyword').iskeyword(s)
-)
+
+
+def no_keyword(text):
+    return not keyword.iskeyword(text)
+
+
+name = st.from_regex(r'[a-z_][a-z0-9_]{0,8}', fullmatch=True).filter(no_keyword)
 
 
 # ---- episodes
+def bank_of_numbers(classes, per):
+    "A bank in which every pixel of image number i is i."
+    number = torch.arange(classes * per, dtype=torch.int64)
+    pixels = (number[:, None, None, None].expand(-1, 1, 2, 2) % 256).to(torch.uint8).contiguous()
+    names = [f'c{c}' for c in range(classes)]
+    return ImageBank(pixels, range(0, classes * per, per), [per] * classes, names)
+
+
+def number_of(x):
+    "The numbers of the images of one task."
+    return (x[:, 0, 0, 0] * 255).round().long()
+
+
+def check_episode(ep, per, n_way, k_shot, n_query):
+    "Different classes, different images, labels 0 … n_way-1."
+    support, query = number_of(ep.xs).tolist(), number_of(ep.xq).tolist()
+    ys, yq = ep.ys.tolist(), ep.yq.tolist()
+    assert sorted(ys) == sorted(list(range(n_way)) * k_shot)
+    assert sorted(yq) == sorted(list(range(n_way)) * n_query)
+    assert len(set(support + query)) == n_way * (k_shot + n_query)  # no image twice
+    class_of = {label: i // per for label, i in zip(ys, support)}
+    assert len(set(class_of.values())) == n_way
+    for label, i in zip(ys + yq, support + query):
+        assert class_of[label] == i // per
+
+
 @often
 @given(
     classes=st.integers(2, 12),
@@ -46,36 +84,19 @@ name = st.from_regex(r'[a-z_][a-z0-9_]{0,8}', fullmatch=True).filter(
     i=st.integers(0, 10**9),
 )
 def test_an_episode_is_what_it_should_be(classes, per, n_way, k_shot, n_query, seed, i):
-    "Different classes, different images, labels 0 … n_way-1, the same again; too much asked is refused."
-    images = torch.arange(classes * per, dtype=torch.int64)
-    pixels = (images[:, None, None, None].expand(-1, 1, 2, 2) % 256).to(torch.uint8).contiguous()
-    bank = ImageBank(
-        pixels, range(0, classes * per, per), [per] * classes, [f'c{c}' for c in range(classes)]
-    )
+    "What it should be, and the same again; too much asked is refused."
+    bank = bank_of_numbers(classes, per)
     if n_way > classes or k_shot + n_query > per:
         with pytest.raises(ValueError):
             EpisodeSampler(bank, n_way, k_shot, n_query, seed=seed)
         return
     s = EpisodeSampler(bank, n_way, k_shot, n_query, seed=seed)
     ep, again = s[i : i + 2], EpisodeSampler(bank, n_way, k_shot, n_query, seed=seed)[i : i + 2]
-    assert torch.equal(ep.xs, again.xs) and torch.equal(ep.xq, again.xq)
+    assert torch.equal(ep.xs, again.xs)
+    assert torch.equal(ep.xq, again.xq)
     assert torch.equal(s[i + 1].xs, ep.xs[1])  # one alone is the one of many
-    for t in range(2):
-
-        def which(x):
-            return (
-                (x[t, :, 0, 0, 0] * 255).round().long() if x.max() <= 1 else x[t, :, 0, 0, 0].long()
-            )
-
-        xs, xq, ys, yq = which(ep.xs), which(ep.xq), ep.ys[t], ep.yq[t]
-        assert sorted(ys.tolist()) == sorted(list(range(n_way)) * k_shot) and sorted(
-            yq.tolist()
-        ) == sorted(list(range(n_way)) * n_query)
-        assert len(set(xs.tolist() + xq.tolist())) == n_way * (k_shot + n_query)  # no image twice
-        of = {y: c for y, c in zip(ys.tolist(), (xs // per).tolist())}
-        assert len(set(of.values())) == n_way and all(
-            of[y] == c for y, c in zip(yq.tolist(), (xq // per).tolist())
-        )
+    for task in range(2):
+        check_episode(ep[task], per, n_way, k_shot, n_query)
 
 
 # ---- schedules
@@ -99,21 +120,26 @@ def notebook(folder, source):
 @often
 @given(st.dictionaries(name, literal, min_size=1, max_size=5), st.data())
 def test_parameters_come_back_as_they_were(tmp_path, values, data):
-    "What is written in the cell is read; every value, given as text, is understood as itself; another type is refused."
+    "The cell's values are read, text is understood as itself, another type is refused."
     nb = notebook(tmp_path, '\n'.join(f'{k} = {v!r}  # about {k}' for k, v in values.items()))
     known = read_parameters(nb)
-    assert {k: p.default for k, p in known.items()} == values and merge_parameters(
-        known, {}
-    ) == values
+    assert {k: p.default for k, p in known.items()} == values
+    assert merge_parameters(known, {}) == values
     for k, v in values.items():
         assert parse_value(known[k], str(v)) == v
         other = data.draw(literal)
         try:
             got = merge_parameters(known, {k: other})[k]
         except BadParameters as e:
-            assert type(other) is not type(v) and k in str(e)
+            assert type(other) is not type(v)
+            assert k in str(e)
         else:
-            assert type(got) is type(v) and got == other
+            assert type(got) is type(v)
+            assert got == other
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 @often
@@ -126,9 +152,8 @@ def test_no_parameters_cell_is_executed(tmp_path, source):
         read_parameters(notebook(tmp_path, source))
     except BadParameters:
         pass
-    assert (
-        sorted(p.name for p in tmp_path.iterdir()) == ['exp.ipynb'] and not Path('pwned').exists()
-    )
+    assert names_in(tmp_path) == ['exp.ipynb']
+    assert not Path('pwned').exists()
 
 
 @often
@@ -138,10 +163,10 @@ def test_names_stay_inside(text):
         experiment, slug = split_name(text, 'stem')
     except BadParameters:
         return
-    assert all(
-        part and not part.startswith('.') and not set(part) & set('/\\\0 ')
-        for part in (experiment, slug)
-    )
+    for part in (experiment, slug):
+        assert part
+        assert not part.startswith('.')
+        assert not set(part) & set('/\\\0 ')
 
 
 @often
@@ -151,6 +176,11 @@ def test_default_names_are_names(values):
 
 
 # ---- JSON and YAML
+def as_text(values):
+    "The JSON that a seal is a digest of."
+    return json.dumps({k: v for k, v in values.items() if k != 'sha256'}, sort_keys=True)
+
+
 @often
 @given(st.dictionaries(st.text(max_size=8), plain, max_size=6), st.data())
 def test_sealed_values(tmp_path, values, data):
@@ -160,9 +190,7 @@ def test_sealed_values(tmp_path, values, data):
     want = {k: v for k, v in values.items() if k != 'sha256'}
     assert read_json(path) == json.loads(json.dumps(want))
     other = data.draw(st.dictionaries(st.text(max_size=8), plain, max_size=6))
-    if json.dumps({k: v for k, v in other.items() if k != 'sha256'}, sort_keys=True) != json.dumps(
-        want, sort_keys=True
-    ):
+    if as_text(other) != as_text(want):
         with pytest.raises(BadFile):
             unseal(other | dict(sha256=seal(values)['sha256']), '')
 
@@ -183,7 +211,7 @@ def a_batch(tmp_path, text):
 
 
 @often
-@given(st.text(max_size=120) | plain.map(lambda v: yaml.safe_dump(v)))
+@given(st.text(max_size=120) | plain.map(yaml.safe_dump))
 @example('!!python/object/apply:os.system ["touch pwned"]')
 @example('experiment: exp.ipynb\nruns: !!python/name:os.system')
 @example(
@@ -200,55 +228,44 @@ def test_any_text_is_a_batch_or_refused(tmp_path, text):
         read_batch(a_batch(tmp_path, text), runs=tmp_path / 'runs')
     except BadBatch as e:
         assert str(e)
-    assert (
-        sorted(p.name for p in tmp_path.iterdir()) == ['b.yaml', 'exp.ipynb']
-        and not Path('pwned').exists()
-    )
+    assert names_in(tmp_path) == ['b.yaml', 'exp.ipynb']
+    assert not Path('pwned').exists()
 
 
 keys = st.sampled_from(['x', 'lr', 'name', 'seed', 'scale', 'y', 'scales'])
+scales = st.sampled_from(['smoke', 'short', 'paper', 'tiny'])
+entries = st.dictionaries(keys, plain, max_size=2)
+batches = st.fixed_dictionaries(
+    dict(
+        experiment=st.just('exp.ipynb'),
+        runs=st.dictionaries(
+            name, st.dictionaries(keys, plain, max_size=3), min_size=1, max_size=3
+        ),
+    ),
+    optional=dict(common=entries, scales=st.dictionaries(scales, entries, max_size=2)),
+)
 
 
 @often
-@given(
-    st.fixed_dictionaries(
-        dict(
-            experiment=st.just('exp.ipynb'),
-            runs=st.dictionaries(
-                name, st.dictionaries(keys, plain, max_size=3), min_size=1, max_size=3
-            ),
-        ),
-        optional=dict(
-            common=st.dictionaries(keys, plain, max_size=2),
-            scales=st.dictionaries(
-                st.sampled_from(['smoke', 'short', 'paper', 'tiny']),
-                st.dictionaries(keys, plain, max_size=2),
-                max_size=2,
-            ),
-        ),
-    )
-)
+@given(batches)
 def test_a_batch_that_is_accepted_can_be_run(tmp_path, doc):
-    "Whatever is in the entries: each run has a name of its own and all parameters, of the right types; or the file is refused."
+    "Each run has a name of its own and all parameters, of the right types; or it is refused."
+    file = a_batch(tmp_path, yaml.safe_dump(doc))
     try:
-        runs = read_batch(a_batch(tmp_path, yaml.safe_dump(doc)), runs=tmp_path / 'runs')
+        runs = read_batch(file, runs=tmp_path / 'runs')
     except BadBatch as e:
-        assert str(tmp_path / 'b.yaml') in str(e)
+        assert str(file) in str(e)
         return
-    assert len({p.name for p in runs}) == len(runs)
-    for p in runs:
-        assert {k: type(v) for k, v in p.params.items()} == dict(
-            x=int, lr=float, name=str, seed=int, scale=str
-        ) and split_name(p.name, '')
+    assert len({run.name for run in runs}) == len(runs)
+    types = dict(x=int, lr=float, name=str, seed=int, scale=str)
+    for run in runs:
+        assert {k: type(v) for k, v in run.params.items()} == types
+        assert split_name(run.name, '')
 
 
 @often
 @given(st.lists(st.integers(-5, 10**9), min_size=1, max_size=6, unique=True))
 def test_seeds_expand(tmp_path, seeds):
-    runs = read_batch(
-        a_batch(
-            tmp_path, yaml.safe_dump(dict(experiment='exp.ipynb', runs=dict(a=dict(seed=seeds))))
-        ),
-        runs=tmp_path / 'runs',
-    )
-    assert [p.params['seed'] for p in runs] == seeds
+    doc = dict(experiment='exp.ipynb', runs=dict(a=dict(seed=seeds)))
+    runs = read_batch(a_batch(tmp_path, yaml.safe_dump(doc)), runs=tmp_path / 'runs')
+    assert [run.params['seed'] for run in runs] == seeds

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import yaml
 
-from .parameters import BadParameters, did_you_mean, merge_parameters, parse_value
-from .parameters import project_folder, read_parameters, split_name
+from ..data.checks import did_you_mean
+from .parameters import BadParameters, merge_parameters, parse_value, project_folder
+from .parameters import read_parameters, split_name
 
 # %% ../../nbs/lab/06_batches.ipynb #71d4b82d
 SCALES = ('smoke', 'short', 'paper')

@@ -272,13 +272,13 @@ def _data(args):
 # %% ../../nbs/lab/17_command.ipynb #3cb35fbf
 def _get(name, root):
     "Load one split of a data set, which downloads it where that is possible."
-    from fewshotmeta.data.datasets import LOADERS
+    from fewshotmeta.data.banks import DATASETS
 
     first = dict(omniglot='train', emnist='test', mini_imagenet='train', cub='base', glyphs='train')
     if name not in first:
         raise ValueError(f'--get {name}: choose one of {", ".join(first)}')
     where = {} if name == 'glyphs' else dict(root=root)
-    LOADERS[name](first[name], **where)
+    DATASETS[name](first[name], **where)
 
 # %% ../../nbs/lab/17_command.ipynb #88bb3e68
 def _add_bench(subcommands):

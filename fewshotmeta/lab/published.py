@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 
-from .parameters import did_you_mean
+from ..data.checks import did_you_mean
 
 # %% ../../nbs/lab/05_published.ipynb #8e553142
 MISSING = 'not in our copy'

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.files import BadFile
-from .parameters import did_you_mean
+from ..data.checks import did_you_mean
 from .published import MISSING, cell_text, markdown_table, published, reference
 from .batches import SCALES, read_batch
 from .results import all_results

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from ..data.files import atomic
-from ..data.datasets import glyphs
+from ..data.glyphs import glyphs
 from ..data.episodes import EpisodeSampler
 from ..engine.plans import available_cores
 from .cases import ADAPTATION, CASES, Case, LONG
