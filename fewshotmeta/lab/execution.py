@@ -110,6 +110,7 @@ def _kernel_environment(
         if os.environ.get(name):
             values[name] = os.path.abspath(os.environ[name])  # the kernel works in another folder
     values['FEWSHOTMETA_RUN'] = str(folder.resolve())
+    values['FEWSHOTMETA_FROM'] = os.getcwd()  # where a plugin's relative path begins
     return values
 
 

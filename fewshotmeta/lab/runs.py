@@ -81,8 +81,9 @@ def _check_same(run, result):
         holds = f'a finished run of {result["notebook"]}'
         raise BadParameters(f'{run.folder} holds {holds}: {cure}')
     old = result['params']
-    if old != run.params:
-        other = [k for k in run.params | old if old.get(k) != run.params.get(k)]
+    there_then = {k: v for k, v in run.params.items() if k in old or k in run.given}
+    if old != there_then:  # a parameter that the notebook has got since changes nothing by itself
+        other = [k for k in there_then | old if old.get(k) != there_then.get(k)]
         holds = f'a finished run with another {", ".join(other)}'
         raise BadParameters(f'{run.folder} holds {holds}: {cure}')
 
