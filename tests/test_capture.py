@@ -1,8 +1,12 @@
-"""Recorded meta-iterations: replayed with other inputs they give what running gives, for every method; and lean gradients."""
+"""Recorded meta-iterations give, replayed with other inputs, what running gives; lean gradients."""
 
 import weakref
-import pytest, torch
+from functools import partial
+
+import pytest
+import torch
 from torch import nn
+
 from fewshotmeta.all import *
 from test_maml import VARIANTS, noise, tiny
 
@@ -17,39 +21,70 @@ def as64(m):
 
 
 NET = dict(size=16, filters=8)
+
+
+def net(**kw):
+    "A small backbone, made anew."
+    return conv4(**NET, **kw)
+
+
+def a_maml(order=2, **kw):
+    return MAML(net(**kw), 3, 0.3, 2, order=order)
+
+
+def a_mamlpp():
+    return mamlpp(net(), 3, 2, horizon=0.5, da=0.25)
+
+
+def a_meta_sgd():
+    return meta_sgd(net(), 3)
+
+
+def a_reptile():
+    return Reptile(net(), 3, 0.3, 2)
+
+
+def a_hidra():
+    return hidra(net(), 4, inner_lr=0.3, inner_steps=2)
+
+
+def a_hidra_at_its_own_rate():
+    return hidra(net(), 4, inner_steps=2)
+
+
+def a_hidra_with_mamlpp():
+    return hidra(net(), 4, method=mamlpp, inner_steps=2)
+
+
+def a_hypermaml(*switch, **kw):
+    return HyperMAML(net(), 3, width=8, switch=Switch(4, 6, 16, *switch), **kw)
+
+
+def an_anyway_hypermaml():
+    return anyway_hypermaml(net(), 4, width=8, switch=Switch(4, 6, 16))
+
+
+def a_module():
+    layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2)
+    return MAML(from_module(nn.Sequential(*layers), 1, 16), 3, 0.3, 2)
+
+
+MIXED = dict(labels='one_hot', warm_gradient='through_start')
 MAKE = {
-    'maml': lambda: MAML(conv4(**NET), 3, 0.3, 2),
-    'first order': lambda: MAML(conv4(**NET), 3, 0.3, 2, order=1),
-    'per step': lambda: MAML(conv4(**NET, norm='per_step', norm_steps=2), 3, 0.3, 2),
-    'support': lambda: MAML(conv4(**NET, norm='support'), 3, 0.3, 2),
-    'affine_only': lambda: MAML(conv4(**NET, norm='affine_only'), 3, 0.3, 2),
-    'mamlpp': lambda: mamlpp(conv4(**NET), 3, 2, horizon=0.5, da=0.25),
-    'meta_sgd': lambda: meta_sgd(conv4(**NET), 3),
-    'reptile': lambda: Reptile(conv4(**NET), 3, 0.3, 2),
-    'hidra': lambda: hidra(conv4(**NET), 4, inner_lr=0.3, inner_steps=2),
-    'hidra mamlpp': lambda: hidra(conv4(**NET), 4, method=mamlpp, inner_steps=2),
-    'hypermaml': lambda: HyperMAML(conv4(**NET), 3, width=8, switch=Switch(4, 6, 16)),
-    'hypermaml loss_mix': lambda: HyperMAML(
-        conv4(**NET),
-        3,
-        width=8,
-        switch=Switch(4, 6, 16, 'loss_mix'),
-        labels='one_hot',
-        warm_gradient='through_start',
-    ),
-    'anyway_hypermaml': lambda: anyway_hypermaml(conv4(**NET), 4, width=8, switch=Switch(4, 6, 16)),
-    'a module': lambda: MAML(
-        from_module(
-            nn.Sequential(
-                nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2)
-            ),
-            1,
-            16,
-        ),
-        3,
-        0.3,
-        2,
-    ),
+    'maml': a_maml,
+    'first order': partial(a_maml, order=1),
+    'per step': partial(a_maml, norm='per_step', norm_steps=2),
+    'support': partial(a_maml, norm='support'),
+    'affine_only': partial(a_maml, norm='affine_only'),
+    'mamlpp': a_mamlpp,
+    'meta_sgd': a_meta_sgd,
+    'reptile': a_reptile,
+    'hidra': a_hidra,
+    'hidra mamlpp': a_hidra_with_mamlpp,
+    'hypermaml': a_hypermaml,
+    'hypermaml loss_mix': partial(a_hypermaml, 'loss_mix', **MIXED),
+    'anyway_hypermaml': an_anyway_hypermaml,
+    'a module': a_module,
 }
 
 
@@ -65,7 +100,7 @@ def eager(m, ep, progress):
 
 @pytest.mark.parametrize('name', MAKE)
 def test_a_replay_follows_what_changes(name):
-    "Episodes, schedules, parameters and buffers change between replays; whatever Python had computed would be frozen at its first value."
+    "Episodes, schedules, parameters, buffers: what Python had computed would be frozen."
     m = as64(MAKE[name]())
     recorder, gen = Recorder(m, plan_for('cpu', 'graph')), torch.Generator().manual_seed(0)
     for i, progress in enumerate([0.0, 0.1, 0.3, 0.35, 0.45, 0.9]):
@@ -96,10 +131,8 @@ def test_one_graph_a_number_of_ways_and_shape():
 
 
 def test_what_looks_at_values_is_refused_and_runs_otherwise():
-    m, ep = (
-        as64(MAML(from_module(nn.Sequential(nn.Conv2d(1, 2, 3), Branch()), 1, 16), 3, 0.1, 1)),
-        noise(),
-    )
+    body = from_module(nn.Sequential(nn.Conv2d(1, 2, 3), Branch()), 1, 16)
+    m, ep = as64(MAML(body, 3, 0.1, 1)), noise()
     with pytest.raises(ValueError, match='cannot be recorded.*plan without capture'):
         Recorder(m, plan_for('cpu', 'graph'))(ep, 0.0, 3)
     assert Recorder(as64(MAKE['maml']()), plan_for('cpu', 'graph'))(ep, 0.0, 3)
@@ -116,15 +149,10 @@ def test_another_shape_and_fused_kernels_are_refused():
 
 @pytest.mark.parametrize('kw', [dict(), dict(optimizer='sgd', task_loss='sum', clip=ClipNorm(1.0))])
 @pytest.mark.parametrize(
-    'make',
-    [
-        lambda: hidra(conv4(**NET), 4, inner_steps=2),
-        lambda: hidra(conv4(**NET), 4, method=mamlpp, inner_steps=2),
-        lambda: anyway_hypermaml(conv4(**NET), 4, width=8, switch=Switch(4, 6, 16)),
-    ],
+    'make', [a_hidra_at_its_own_rate, a_hidra_with_mamlpp, an_anyway_hypermaml]
 )
 def test_training_by_replays_is_training(noise_bank, make, kw):
-    "`fit` with recorded graphs, ways that vary, schedules and all, against the same arithmetic run."
+    "`fit` with recorded graphs, ways that vary and schedules, against the same arithmetic."
     train = WaysSampler(EpisodeSampler(noise_bank, 5, 1, 2), 2, 4)
     runs = [
         fit(
@@ -251,7 +279,7 @@ def test_recomputing_keeps_parameters_not_activations():
 
 
 def test_a_loss_at_every_step_keeps_a_gradient_of_each():
-    "MAML++'s query losses are differentiated where they arise: a gradient stays of each, not its activations."
+    "MAML++'s query losses are differentiated where they arise: gradients stay, not activations."
     ep = noise(tasks=1, q=20)
 
     def make(T):
@@ -271,7 +299,7 @@ def test_the_gradient_of_a_lean_gradient_is_refused():
 
 
 def test_inductor_compiles_a_meta_gradient():
-    "The third way to run a recording, on a linear learner: whole networks take a minute on a CPU, and gain nothing there."
+    "On a linear learner: whole networks take a minute on a CPU, and gain nothing there."
 
     def f(w, x, y):
         w = w.detach().requires_grad_()

@@ -1,9 +1,16 @@
-"""The C kernels against PyTorch's operations, with two derivatives; and what happens without a compiler."""
+"""The C kernels against PyTorch's operations, with two derivatives; without a compiler; damaged."""
 
-import os, subprocess, sys, threading
-import pytest, torch, torch.nn.functional as F
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
 from fewshotmeta.all import *
-from fewshotmeta.engine.kernels import _NormPool
+from fewshotmeta.engine.kernels import _NormPool, c_source, kernels_used
 
 pytestmark = pytest.mark.skipif(library(torch.float64) is None, reason='no C compiler')
 
@@ -19,18 +26,15 @@ def derivatives(f, args):
     z = f(*args)
     wave = torch.sin(torch.arange(z.numel(), dtype=z.dtype)).view(z.shape)
     first = torch.autograd.grad((z * wave + z.square() / 9).sum(), args, create_graph=True)
-    return [
-        z,
-        *first,
-        *torch.autograd.grad(
-            sum(
-                (g * torch.cos(torch.arange(g.numel(), dtype=g.dtype)).view(g.shape)).sum()
-                for g in first
-            )
-            + z.sum(),
-            args,
-        ),
-    ]
+
+    def weighted(g):
+        return (g * torch.cos(torch.arange(g.numel(), dtype=g.dtype)).view(g.shape)).sum()
+
+    return [z, *first, *torch.autograd.grad(sum(map(weighted, first)) + z.sum(), args)]
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -40,16 +44,9 @@ def derivatives(f, args):
 @pytest.mark.parametrize('filters,leak', [(8, 0.0), (48, 0.01), (40, 0.2)])
 def test_block_and_two_derivatives(channels, size, stride, pool, filters, leak):
     torch.manual_seed(0)
-
-    def r(*s):
-        return torch.randn(*s, dtype=torch.float64)
-
-    x, w, gamma, beta = (
-        channels_last(r(3, channels, size, size) + 2),
-        channels_last(r(filters, channels, 3, 3) / 5),
-        r(filters),
-        r(filters),
-    )
+    x = channels_last(randn(3, channels, size, size) + 2)
+    w = channels_last(randn(filters, channels, 3, 3) / 5)
+    gamma, beta = randn(filters), randn(filters)
     args = [t.requires_grad_() for t in (w, gamma, beta)]
     if channels not in (1, 3):
         args = [x.requires_grad_(), *args]
@@ -57,10 +54,14 @@ def test_block_and_two_derivatives(channels, size, stride, pool, filters, leak):
     def full(a):
         return a if len(a) == 4 else (x, *a)
 
-    ours = derivatives(
-        lambda *a: fused_block(full(a)[0][None], *full(a)[1:], 1e-5, leak, stride, pool)[0][0], args
-    )
-    for a, b in zip(ours, derivatives(lambda *a: plain(*full(a), leak, stride, pool), args)):
+    def ours(*a):
+        x, *params = full(a)
+        return fused_block(x[None], *params, 1e-5, leak, stride, pool)[0][0]
+
+    def theirs(*a):
+        return plain(*full(a), leak, stride, pool)
+
+    for a, b in zip(derivatives(ours, args), derivatives(theirs, args)):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-10)
 
 
@@ -79,64 +80,43 @@ def test_block_and_two_derivatives(channels, size, stride, pool, filters, leak):
     ],
 )
 def test_many_tasks_are_one_after_another(channels, size, stride, conv, own):
-    "Several tasks a call, with weights, scales and shifts of their own or shared: each task's values and two derivatives."
+    "With weights, scales and shifts of their own or shared: each task's values and derivatives."
     torch.manual_seed(0)
-
-    def r(*s):
-        return torch.randn(*s, dtype=torch.float64)
-
     tasks, filters, pool = 3, 8, size > 3
-    x, params = (
-        r(tasks, 2, channels, size, size) + 2,
-        [
-            r(*((tasks,) if o else ()), *s) / 2
-            for o, s in zip(own, ((filters, channels, 3, 3), (filters,), (filters,)))
-        ],
-    )
+    x = randn(tasks, 2, channels, size, size) + 2
+    shapes = (filters, channels, 3, 3), (filters,), (filters,)
+    params = [randn(*(tasks,) * o, *shape) / 2 for o, shape in zip(own, shapes)]
     args = [t.requires_grad_() for t in ([x] if channels > 3 else []) + params]
 
     def full(a):
         return a if len(a) == 4 else (x, *a)
+
+    def of_task(i, params):
+        return [t[i] if o else t for t, o in zip(params, own)]
 
     def together(*a):
         return plan_for('cpu', conv=conv).run(fused_block, *full(a), 1e-5, 0.01, stride, pool)[0]
 
     def alone(*a):
         x, *p = full(a)
-        return torch.stack(
-            [
-                plain(x[i], *(t[i] if o else t for t, o in zip(p, own)), 0.01, stride, pool)
-                for i in range(tasks)
-            ]
-        )
+        each = [plain(x[i], *of_task(i, p), 0.01, stride, pool) for i in range(tasks)]
+        return torch.stack(each)
 
     for a, b in zip(derivatives(together, args), derivatives(alone, args)):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
     stats = fused_block(x, *params, stride=stride, pool=pool)[1]
     for i in range(tasks):
-        for a, b in zip(
-            stats,
-            fused_block(
-                x[i : i + 1],
-                *(t[i] if o else t for t, o in zip(params, own)),
-                stride=stride,
-                pool=pool,
-            )[1],
-        ):
+        one = fused_block(x[i : i + 1], *of_task(i, params), stride=stride, pool=pool)[1]
+        for a, b in zip(stats, one):
             assert torch.allclose(a[i], b[0])
 
 
 def test_statistics_are_those_of_the_norm():
     torch.manual_seed(0)
     for c in (1, 16):
-        x, w = (
-            torch.rand(1, 6, c, 12, 12, dtype=torch.float64),
-            torch.randn(8, c, 3, 3, dtype=torch.float64),
-        )
-        for a, b in zip(
-            fused_block(x, w, None, torch.zeros(8, dtype=torch.float64))[1],
-            batch_stats(task_conv2d(x, w)),
-        ):
+        x, w = torch.rand(1, 6, c, 12, 12, dtype=torch.float64), randn(8, c, 3, 3)
+        used = fused_block(x, w, None, torch.zeros(8, dtype=torch.float64))[1]
+        for a, b in zip(used, batch_stats(task_conv2d(x, w))):
             assert torch.allclose(a, b, rtol=1e-9)
 
 
@@ -151,10 +131,8 @@ def test_float32_is_near_its_float64():
     torch.manual_seed(0)
     for c in (1, 64):
         x, w, b = torch.rand(1, 75, c, 14, 14), torch.randn(64, c, 3, 3) / 10, torch.randn(64)
-        a, e = (
-            fused_block(x, w, None, b)[0],
-            fused_block(x.double(), w.double(), None, b.double())[0],
-        )
+        a = fused_block(x, w, None, b)[0]
+        e = fused_block(x.double(), w.double(), None, b.double())[0]
         assert (a - e).norm() < 1e-5 * e.norm()
 
 
@@ -162,15 +140,12 @@ def test_when_it_is_used():
     def x(*s, dtype=torch.float32):
         return torch.rand(*s, dtype=dtype)
 
-    assert (
-        fusable(x(1, 2, 1, 8, 8), 16)
-        and fusable(x(2, 2, 1, 8, 8), 16)
-        and not fusable(x(1, 2, 1, 8, 8), 12)
-        and not fusable(x(1, 2, 1, 8, 8, dtype=torch.float16), 32)
-    )
-    assert not plan_for('cpu', 'plain').run(fusable, x(1, 2, 1, 8, 8), 16) and plan_for('cpu').run(
-        fusable, x(1, 2, 1, 8, 8), 16
-    )
+    assert fusable(x(1, 2, 1, 8, 8), 16)
+    assert fusable(x(2, 2, 1, 8, 8), 16)
+    assert not fusable(x(1, 2, 1, 8, 8), 12)
+    assert not fusable(x(1, 2, 1, 8, 8, dtype=torch.float16), 32)
+    assert not plan_for('cpu', 'plain').run(fusable, x(1, 2, 1, 8, 8), 16)
+    assert plan_for('cpu').run(fusable, x(1, 2, 1, 8, 8), 16)
 
 
 def test_a_third_derivative_is_refused():
@@ -181,53 +156,48 @@ def test_a_third_derivative_is_refused():
     with pytest.raises(RuntimeError, match='two derivatives'):
         torch.autograd.grad(g.pow(2).sum(), y, create_graph=True)
     w = torch.randn(16, 1, 3, 3, requires_grad=True)
-    (g,) = torch.autograd.grad(
-        fused_block(torch.rand(1, 2, 1, 8, 8), w, None, torch.zeros(16))[0].pow(2).sum(),
-        w,
-        create_graph=True,
-    )
+    z = fused_block(torch.rand(1, 2, 1, 8, 8), w, None, torch.zeros(16))[0]
+    (g,) = torch.autograd.grad(z.pow(2).sum(), w, create_graph=True)
     with pytest.raises(RuntimeError, match='two derivatives'):
         torch.autograd.grad(g.pow(2).sum(), w, create_graph=True)
 
 
 def in_new_process(code, cache, **env):
+    code = 'import torch\nfrom fewshotmeta.all import *\n' + code
     return subprocess.run(
-        [
-            sys.executable,
-            '-W',
-            'always',
-            '-c',
-            'import torch; from fewshotmeta.all import *\n' + code,
-        ],
+        [sys.executable, '-W', 'always', '-c', code],
         capture_output=True,
         text=True,
         env=os.environ | dict(FEWSHOTMETA_CACHE=str(cache)) | env,
     )
 
 
-ASK = 'x = torch.ones(1, 5, 1, 28, 28); print(conv4()(conv4().init(torch.Generator().manual_seed(0)), x)[0].shape, fusable(x, 64), fusable(x, 64))'
+ASK = """
+x, body = torch.ones(1, 5, 1, 28, 28), conv4()
+features = body(body.init(torch.Generator().manual_seed(0)), x)[0]
+print(features.shape, fusable(x, 64), fusable(x, 64))
+"""
 
 
 @pytest.mark.parametrize(
     'env,said',
     [
         (dict(CC='no-such-compiler -m64'), "no C compiler 'no-such-compiler'"),
+        (dict(CC=' '), "no C compiler ' '"),
+        (dict(CC='cc "-O2'), 'no C compiler \'cc "-O2\''),
         (dict(FEWSHOTMETA_KERNELS='torch'), ''),
     ],
 )
 def test_without_a_compiler(tmp_path, env, said):
     done = in_new_process(ASK, tmp_path, **env)
-    assert done.stdout.strip() == 'torch.Size([1, 5, 64]) False False' and not list(
-        tmp_path.rglob('*.so')
-    )
+    assert done.stdout.strip() == 'torch.Size([1, 5, 64]) False False'
+    assert not list(tmp_path.rglob('*.so'))
     assert done.stderr.count(said) == 1 if said else not done.stderr
 
 
 def test_a_wrong_wish_is_refused(tmp_path):
-    assert (
-        'FEWSHOTMETA_KERNELS=off: choose one of torch, fused'
-        in in_new_process(ASK, tmp_path, FEWSHOTMETA_KERNELS='off').stderr
-    )
+    done = in_new_process(ASK, tmp_path, FEWSHOTMETA_KERNELS='off')
+    assert 'FEWSHOTMETA_KERNELS=off: choose one of torch, fused' in done.stderr
 
 
 def test_a_compiler_that_fails_is_quoted_once(tmp_path):
@@ -235,11 +205,9 @@ def test_a_compiler_that_fails_is_quoted_once(tmp_path):
     cc.write_text('#!/bin/sh\necho "error: out of electrons" >&2; exit 1\n')
     cc.chmod(0o755)
     done = in_new_process(ASK, tmp_path / 'cache', CC=str(cc))
-    assert (
-        'False False' in done.stdout
-        and done.stderr.count('out of electrons') == 1
-        and not list((tmp_path / 'cache').rglob('*.*'))
-    )
+    assert 'False False' in done.stdout
+    assert done.stderr.count('out of electrons') == 1
+    assert not list((tmp_path / 'cache').rglob('*.*'))
 
 
 def test_a_cache_that_cannot_be_written(read_only):
@@ -248,31 +216,138 @@ def test_a_cache_that_cannot_be_written(read_only):
 
 
 def test_compiled_once_by_many_at_once(tmp_path):
-    code = 'from concurrent.futures import ThreadPoolExecutor\nprint(len(set(ThreadPoolExecutor(4).map(library, [torch.float64]*4))))'
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+print(len(set(ThreadPoolExecutor(4).map(library, [torch.float64] * 4))))
+"""
     outs = []
-    threads = [
-        threading.Thread(target=lambda: outs.append(in_new_process(code, tmp_path)))
-        for _ in range(3)
-    ]
+
+    def run():
+        outs.append(in_new_process(code, tmp_path))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert [o.stdout.strip() for o in outs] == ['1'] * 3 and len(
-        list((tmp_path / 'kernels').iterdir())
-    ) == 1
+    assert [o.stdout.strip() for o in outs] == ['1'] * 3
+    assert not any('damaged' in o.stderr for o in outs)
+    assert [p.suffix for p in sorted((tmp_path / 'kernels').iterdir())] == ['.json', '.so', '']
 
 
-@pytest.mark.parametrize(
-    'view',
-    [
-        lambda x: x.rot90(1, (3, 4)),
-        lambda x: x[..., 2:-2, 2:-2],
-        lambda x: x[:, :1].expand(1, 5, 1, 20, 20),
-        lambda x: x.transpose(3, 4),
-        lambda x: x.flip(1)[:, ::2],
-    ],
+# ---- damage
+USE = """
+from fewshotmeta.engine.kernels import kernels_used
+before = kernels_used()
+x = torch.arange(784.).view(1, 1, 1, 28, 28) / 784
+z = fused_block(x, torch.ones(16, 1, 3, 3), None, torch.zeros(16))[0]
+print(z.sum().item(), fusable(x, 16), before, kernels_used())
+"""
+
+
+def cut_short(path):
+    os.truncate(path, 5000)
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def lose_the_digest(path):
+    path.with_suffix('.json').unlink()
+
+
+def empty_the_digest(path):
+    path.with_suffix('.json').write_text('{}')
+
+
+@pytest.mark.parametrize('damage', [cut_short, flip_a_byte, lose_the_digest, empty_the_digest])
+def test_a_damaged_library_is_compiled_again_once(tmp_path, damage):
+    first = in_new_process(USE, tmp_path)
+    (path,) = tmp_path.rglob('*.so')
+    whole = path.read_bytes()
+    damage(path)
+    second, third = in_new_process(USE, tmp_path), in_new_process(USE, tmp_path)
+    assert first.returncode == second.returncode == third.returncode == 0, second.stderr
+    assert first.stdout == second.stdout == third.stdout
+    assert path.read_bytes() == whole
+    assert second.stderr.count(f'{path} is damaged: the kernels are compiled again') == 1
+    assert 'damaged' not in first.stderr + third.stderr
+
+
+def test_which_kernels_ran(tmp_path):
+    said = in_new_process(USE, tmp_path).stdout.split(maxsplit=3)
+    assert said[1:3] == ['True', 'torch']
+    assert said[3].startswith('fused C (float32, digest ')
+    code = 'from fewshotmeta.engine.kernels import kernels_used\nprint(kernels_used())'
+    assert in_new_process(code, tmp_path / 'other').stdout.strip() == 'torch'
+    assert not (tmp_path / 'other').exists()
+
+
+HUGE = 2**40
+NO_MEMORY = dict(
+    norm_forward=[0, 1, 1, 1, HUGE, 0, 0, 0, 0.0, 0.0, 0, 0, 0, 0],
+    norm_backward=[0, 0, 0, 0, 1, 1, 1, HUGE, 0, 0, 0.0, 0, 0],
+    norm_twice=[0, 0, 0, 0, 0, 0, 0, 1, 1, 1, HUGE, 0, 0, 0, 0, 0.0, 0, 0, 0],
+    patch_moments=[0, 1, 1, HUGE, 1, 1, 0, 0],
+    first_forward=[0, 1, 1, HUGE, 1, 16, 1, 1, 0, 0, 0.0, 0, 0],
+    first_weight=[0, 0, 0, 0, 1, 1, HUGE, 1, 16, 1, 1, 0.0, 0, 0],
+    first_at=[0, 0, 0, 1, 1, HUGE, 3, 16, 1, 0, 0, 0, 0.0, 0],
+    wino_forward=[0, 1, 1, 1, 16, HUGE, 0, 0, 0, 0, 0],
+    wino_weight=[0, 0, 1, 1, 1, 16, HUGE, 0],
 )
+
+
+def test_no_memory_is_an_error():
+    "Of each kernel, for one task and for several, in a process that may have no more than 32 GB."
+    code = f"""
+import resource
+from fewshotmeta.engine.kernels import _call
+library(torch.float32)
+resource.setrlimit(resource.RLIMIT_AS, (2**35, 2**35))
+for kernel, args in {NO_MEMORY}.items():
+    for tasks in (1, 2):
+        try:
+            _call(kernel, torch.float32, tasks, *args)
+        except MemoryError as e:
+            print(e)
+"""
+    done = in_new_process(code, cache_folder())
+    for kernel in NO_MEMORY:
+        assert done.stdout.count(f'the kernel {kernel} got no memory') == 2, done.stderr
+
+
+def test_the_page_shows_the_c_that_is_compiled():
+    assert 'int norm_forward(' in c_source('norm_forward').data
+    assert 'int norm_backward(' not in c_source('norm_forward').data
+    assert c_source().data.startswith('```c\n')
+    with pytest.raises(ValueError, match="part='pooling': choose one of vectors, moments"):
+        c_source('pooling')
+
+
+def turned(x):
+    return x.rot90(1, (3, 4))
+
+
+def cut(x):
+    return x[..., 2:-2, 2:-2]
+
+
+def repeated(x):
+    return x[:, :1].expand(1, 5, 1, 20, 20)
+
+
+def transposed(x):
+    return x.transpose(3, 4)
+
+
+def every_other(x):
+    return x.flip(1)[:, ::2]
+
+
+@pytest.mark.parametrize('view', [turned, cut, repeated, transposed, every_other])
 @pytest.mark.parametrize('channels', [1, 3])
 def test_views_of_images_are_read_as_they_look(view, channels):
     x = torch.rand(1, 5, channels, 20, 20)
@@ -281,39 +356,31 @@ def test_views_of_images_are_read_as_they_look(view, channels):
     else:
         x = view(x)
     w, b = torch.randn(16, channels, 3, 3), torch.zeros(16)
-    assert torch.allclose(fused_block(x, w, None, b)[0], fused_block(x.contiguous(), w, None, b)[0])
-    assert torch.allclose(
-        fused_block(x, w, None, b)[0][0], plain(x[0], w, torch.ones(16), b, 0.0, 1, True), atol=1e-4
-    )
+    z = fused_block(x, w, None, b)[0]
+    assert torch.allclose(z, fused_block(x.contiguous(), w, None, b)[0])
+    assert torch.allclose(z[0], plain(x[0], w, torch.ones(16), b, 0.0, 1, True), atol=1e-4)
 
 
 @pytest.mark.parametrize('channels', [1, 3])
 def test_images_may_have_a_gradient(channels):
     torch.manual_seed(0)
-    x, w, b = (
-        torch.rand(1, 3, channels, 9, 9, dtype=torch.float64, requires_grad=True),
-        torch.randn(8, channels, 3, 3, dtype=torch.float64),
-        torch.zeros(8, dtype=torch.float64),
-    )
+    x = torch.rand(1, 3, channels, 9, 9, dtype=torch.float64, requires_grad=True)
+    w, b = randn(8, channels, 3, 3), torch.zeros(8, dtype=torch.float64)
     (ours,) = torch.autograd.grad(fused_block(x, w, None, b)[0].square().sum(), x)
-    (theirs,) = torch.autograd.grad(
-        plain(x[0], w, torch.ones(8).double(), b, 0.0, 1, True).square().sum(), x
-    )
+    z = plain(x[0], w, torch.ones(8).double(), b, 0.0, 1, True)
+    (theirs,) = torch.autograd.grad(z.square().sum(), x)
     assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-10)
 
 
 def test_smooth_images_and_filters_that_sum_to_zero():
     "Where sums cancel: float32 stays near its float64."
     line = torch.linspace(0.8, 0.9, 28)
-    x = (line[:, None] + line)[None, None, None].expand(1, 25, 1, 28, 28) + 1e-3 * torch.rand(
-        1, 25, 1, 28, 28
-    )
+    x = (line[:, None] + line)[None, None, None].expand(1, 25, 1, 28, 28)
+    x = x + 1e-3 * torch.rand(1, 25, 1, 28, 28)
     w = torch.randn(16, 1, 3, 3)
     w = w - w.mean((2, 3), keepdim=True)
-    a, e = (
-        fused_block(x, w, None, torch.zeros(16))[0],
-        fused_block(x.double(), w.double(), None, torch.zeros(16).double())[0],
-    )
+    a = fused_block(x, w, None, torch.zeros(16))[0]
+    e = fused_block(x.double(), w.double(), None, torch.zeros(16).double())[0]
     assert (a - e).norm() < 5e-3 * e.norm()
 
 
@@ -333,12 +400,8 @@ def test_smooth_images_and_filters_that_sum_to_zero():
     ],
 )
 def test_what_does_not_fit_never_reaches_c(change, message):
-    given = (
-        dict(
-            x=torch.rand(1, 2, 1, 8, 8), w=torch.rand(16, 1, 3, 3), gamma=None, beta=torch.zeros(16)
-        )
-        | change
-    )
+    given = dict(x=torch.rand(1, 2, 1, 8, 8), w=torch.rand(16, 1, 3, 3))
+    given |= dict(gamma=None, beta=torch.zeros(16)) | change
     with pytest.raises(ValueError, match=message):
         fused_block(**given)
 
@@ -352,16 +415,19 @@ def test_no_images_are_not_for_c():
 
 
 TRAIN = """
-import hashlib, sys
-images = torch.zeros(60, 1, 16, 16, dtype=torch.uint8).random_(0, 256, generator=torch.Generator().manual_seed(0))
-train = EpisodeSampler(ImageBank(images, range(0, 60, 6), [6]*10, list('abcdefghij')), 5, 1, 3)
-m = fit(mamlpp(conv4(size=16, filters=16), 5, 3), train, 6, meta_batch=5, progress=False, plan=plan_for('cpu')).learner
-print(fusable(torch.ones(1, 1, 1, 16, 16), 16), hashlib.sha256(b''.join(v.detach().numpy().tobytes() for v in m.theta.values())).hexdigest())
+import hashlib
+seeded = torch.Generator().manual_seed(0)
+images = torch.zeros(60, 1, 16, 16, dtype=torch.uint8).random_(0, 256, generator=seeded)
+bank = ImageBank(images, range(0, 60, 6), [6] * 10, list('abcdefghij'))
+train = EpisodeSampler(bank, 5, 1, 3)
+learner = mamlpp(conv4(size=16, filters=16), 5, 3)
+m = fit(learner, train, 6, meta_batch=5, progress=False, plan=plan_for('cpu')).learner
+content = b''.join(v.detach().numpy().tobytes() for v in m.theta.values())
+print(fusable(torch.ones(1, 1, 1, 16, 16), 16), hashlib.sha256(content).hexdigest())
 """
 
 
 def test_the_same_bytes_in_every_process_and_with_any_number_of_workers(tmp_path):
-    outs = {
-        in_new_process(TRAIN, tmp_path, FEWSHOTMETA_WORKERS=str(n)).stdout for n in (2, 2, 1, 3)
-    }
+    workers = '2', '2', '1', '3'
+    outs = {in_new_process(TRAIN, tmp_path, FEWSHOTMETA_WORKERS=n).stdout for n in workers}
     assert len(outs) == 1 and outs.pop().startswith('True ')

@@ -2,9 +2,13 @@
 
 import threading
 from dataclasses import replace
-import pytest, torch, torch.nn.functional as F
+
+import pytest
+import torch
+import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, vmap
+
 from fewshotmeta.all import *
 from fewshotmeta.engine.layers import _MaxPool, _Norm
 
@@ -66,7 +70,7 @@ def test_norm_second_derivative_against_pytorch_and_finite_differences():
 
 
 def test_batch_norm_under_vmap_is_wrong_and_ours_is_not():
-    "F.batch_norm with a scale and shift per task: why there is own arithmetic, and no vmap. If this fails because vmap became right: good news."
+    "Why there is own arithmetic, and no vmap. If this fails since vmap became right: good news."
     torch.manual_seed(0)
     x, y = randn(3, 6, 2, 8, 8, grad=False), torch.arange(3).repeat(2)
     theta = [randn(4, 2, 3, 3), randn(4), randn(4), randn(3, 4)]
@@ -133,7 +137,7 @@ def test_max_pool():
 
 
 def test_channels_stay_adjacent():
-    "One layer in the wrong memory format costs a factor: all activations of a forward pass are channels-last."
+    "One layer in the wrong memory format costs a factor: all activations are channels-last."
     x = channels_last(torch.rand(5, 1, 28, 28))
     assert x.stride() == (784, 1, 28, 1)
     for w in (torch.randn(64, 1, 3, 3), torch.randn(1, 64, 1, 3, 3)):

@@ -10,6 +10,7 @@ from copy import copy
 from dataclasses import replace
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -29,80 +30,94 @@ class Recorded:
         f,  # tensors to a list of tensors; no data-dependent Python in it
         fixed: list,  # tensors read where they lie
         varying: list,  # tensors whose values are copied in at each call
-        how: str = 'graph',  # 'graph': a CUDA graph, or on a CPU a replayed trace; 'inductor': compiled, then as 'graph'
-        pool=None,  # memory that CUDA graphs share, if their results are read before the next one is replayed
+        how: str = 'graph',  # 'graph': a CUDA graph, on a CPU a trace; 'inductor': compiled first
+        pool=None,  # memory that CUDA graphs share, where results are read before the next replay
     ):
-        self.fixed, self.varying, self.pool = (
-            list(fixed),
-            [v.detach().clone() for v in varying],
-            pool,
-        )
-        self.plan = replace(
-            active(), kernels='torch'
-        )  # C cannot be recorded; precision is decided here, too
+        self.fixed = list(fixed)
+        self.varying = [v.detach().clone() for v in varying]
+        self.pool = pool
+        self.plan = replace(active(), kernels='torch')
         self.plan.run(self._record, f, how)
 
     def _record(self, f, how):
+        "Set `run`, which replays."
         traced = self._traced(f, how)  # on a GPU, too: it says what cannot be recorded
-        f = traced if how == 'inductor' or not self.cuda else f
-        self.run = self._cuda_graph(f) if self.cuda else lambda: f(*self.fixed, *self.varying)
+        if how == 'inductor' or not self.cuda:
+            f = traced
+
+        def run_again():
+            return f(*self.fixed, *self.varying)
+
+        self.run = self._cuda_graph(run_again) if self.cuda else run_again
 
     @property
     def cuda(self) -> bool:
         "Whether this is a CUDA graph."
         return self.varying[0].is_cuda
 
-    def _traced(self, f, how):
-        try:
-            module = make_fx(f)(*self.fixed, *self.varying)
-        except RuntimeError as e:
-            if 'get value out of a tracing tensor' not in str(e):
-                raise
-            raise CannotRecord(
-                f'this cannot be recorded, since it looks at the value of a tensor ({str(e).splitlines()[0]}): use a plan without capture'
-            ) from e
-        self.operations = len(module.graph.nodes)
-        return (
-            module
-            if how == 'graph'
-            else torch._inductor.compile(module, [*self.fixed, *self.varying])
-        )
-
-    def _cuda_graph(self, f):  # CUDA only
-        "Warm up on a side stream, as CUDA graphs ask for, then record."
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                f(*self.fixed, *self.varying)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self.pool):
-                results = f(*self.fixed, *self.varying)
-        except torch.cuda.OutOfMemoryError:
+# %% ../../nbs/engine/04_capture.ipynb #e06e8667
+@patch
+def _traced(self: Recorded, f, how):
+    "The operations of `f` as a function. Raises `CannotRecord`."
+    tensors = *self.fixed, *self.varying
+    try:
+        module = make_fx(f)(*tensors)
+    except RuntimeError as e:
+        if 'get value out of a tracing tensor' not in str(e):
             raise
-        except RuntimeError as e:
-            raise CannotRecord(
-                f'this cannot be recorded by CUDA ({str(e).splitlines()[0]}): use a plan without capture'
-            ) from e
+        raise CannotRecord(
+            'this cannot be recorded, since it looks at the value of a tensor '
+            f'({str(e).splitlines()[0]}): use a plan without capture'
+        ) from e
+    self.operations = len(module.graph.nodes)
+    if how == 'inductor':
+        return torch._inductor.compile(module, list(tensors))
+    return module
 
-        def replay():
-            graph.replay()
-            return results
+# %% ../../nbs/engine/04_capture.ipynb #a35cfa86
+@patch
+def _cuda_graph(self: Recorded, f):
+    "Record what `f()` does on the GPU, and return what replays it. Raises `CannotRecord`."
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            f()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=self.pool):
+            results = f()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as e:
+        said = str(e).splitlines()[0]
+        raise CannotRecord(
+            f'this cannot be recorded by CUDA ({said}): use a plan without capture'
+        ) from e
 
-        return replay
+    def replay():
+        graph.replay()
+        return results
 
-    def __call__(self, *varying) -> list:  # the results, overwritten by the next call
-        "Replay with other values."
-        for mine, v in zip(self.varying, varying, strict=True):
-            if mine.shape != v.shape:
-                raise ValueError(
-                    f'recorded for a tensor of shape {tuple(mine.shape)}, called with {tuple(v.shape)}: record another one'
-                )
-            mine.copy_(v)
-        with torch.no_grad():
-            return self.plan.run(self.run)  # derivatives are among the recorded operations
+    return replay
+
+# %% ../../nbs/engine/04_capture.ipynb #ea342636
+@patch
+def __call__(
+    self: Recorded,
+    *varying,  # the values, of the shapes that were recorded
+) -> list:  # the results, overwritten by the next call
+    "Replay with other values."
+    for mine, v in zip(self.varying, varying, strict=True):
+        if mine.shape != v.shape:
+            raise ValueError(
+                f'recorded for a tensor of shape {tuple(mine.shape)}, '
+                f'called with {tuple(v.shape)}: record another one'
+            )
+        mine.copy_(v)
+    with torch.no_grad():
+        return self.plan.run(self.run)
 
 # %% ../../nbs/engine/04_capture.ipynb #ca6d5398
 def _above(cls, name, other):
@@ -122,62 +137,55 @@ class Recorder:
         learner,  # its `theta` is read where it lies, so it must be updated in place
         plan: Plan,  # says how to record
     ):
-        self.learner, self.plan, self.theta, self.graphs = (
-            learner,
-            plan,
-            list(learner.theta.values()),
-            {},
-        )
+        self.learner, self.plan = learner, plan
+        self.theta = list(learner.theta.values())
+        self.graphs = {}
         self.pool = torch.cuda.graph_pool_handle() if self.theta[0].is_cuda else None
         if _above(type(learner), 'moment', 'meta_loss'):
             raise CannotRecord(
-                f'{type(learner).__name__} has its own meta_loss(episodes, progress), but no moment(progress) that says what of it changes: write one, or use a plan without capture'
+                f'{type(learner).__name__} has its own meta_loss(episodes, progress), but no '
+                'moment(progress) that says what of it changes: write one, or use a plan without '
+                'capture'
             )
 
-    def __call__(
-        self,
-        episodes,  # a meta-batch
-        progress: float,  # fraction of the training behind us
-        n_way: int,  # classes of its tasks
-    ) -> tuple[
-        Tensor, Tensor, list, dict
-    ]:  # mean loss and accuracy over tasks, a gradient for each parameter, statistics: overwritten by the next call
-        "Replay the graph for this moment, or record it."
-        structure, numbers = self.learner.moment(progress)
-        varying = [*episodes, self.theta[0].new_tensor(numbers), *self.learner.buffers.values()]
-        key = structure, n_way, tuple((v.shape, v.dtype) for v in varying)
-        if key not in self.graphs:
-            self.graphs[key] = self._record(progress, n_way, varying)
-        graph, names = self.graphs[key]
-        loss, accuracy, *rest = graph(*varying)
-        grads, stats = rest[: len(self.theta)], rest[len(self.theta) :]
-        return loss, accuracy, grads, dict(zip(names, stats))
+# %% ../../nbs/engine/04_capture.ipynb #1d4c3bf7
+@patch
+def __call__(
+    self: Recorder,
+    episodes,  # a meta-batch
+    progress: float,  # fraction of the training behind us
+    n_way: int,  # classes of its tasks
+) -> tuple[Tensor, Tensor, list, dict]:  # loss, accuracy, gradients, statistics: overwritten later
+    "Replay the graph for this moment, or record it; means over the tasks."
+    structure, numbers = self.learner.moment(progress)
+    varying = [*episodes, self.theta[0].new_tensor(numbers), *self.learner.buffers.values()]
+    key = structure, n_way, tuple((v.shape, v.dtype) for v in varying)
+    if key not in self.graphs:
+        self.graphs[key] = self._record(progress, n_way, varying)
+    graph, names = self.graphs[key]
+    loss, accuracy, *rest = graph(*varying)
+    grads, stats = rest[: len(self.theta)], rest[len(self.theta) :]
+    return loss, accuracy, grads, dict(zip(names, stats))
 
-    def _record(self, progress, n_way, varying):
-        names, stat_names, buffers = list(self.learner.theta), [], list(self.learner.buffers)
+# %% ../../nbs/engine/04_capture.ipynb #974a0a1d
+@patch
+def _record(self: Recorder, progress, n_way, varying):
+    "Record the meta-gradient; the recording, and the names of its statistics."
+    names, buffers, stat_names = list(self.learner.theta), list(self.learner.buffers), []
 
-        def f(*tensors):
-            theta = dict(zip(names, (t.detach().requires_grad_() for t in tensors)))
-            episodes, numbers, stored = (
-                Episodes(*tensors[len(theta) : len(theta) + 4]),
-                tensors[len(theta) + 4],
-                tensors[len(theta) + 5 :],
-            )
-            mine = copy(self.learner)
-            mine.theta, mine.buffers, mine.ways = theta, dict(zip(buffers, stored)), n_way
-            with torch.enable_grad():
-                out = mine.meta_loss(episodes, progress, numbers)
-                grads = torch.autograd.grad(
-                    out.loss.mean(), list(theta.values()), materialize_grads=True
-                )
-            stat_names[:] = out.stats
-            return [
-                out.loss.detach().mean(),
-                out.accuracy.mean(),
-                *grads,
-                *(s.detach() for s in out.stats.values()),
-            ]
+    def meta_gradient(*tensors):
+        theta = {k: t.detach().requires_grad_() for k, t in zip(names, tensors)}
+        rest = tensors[len(theta) :]
+        episodes, numbers, stored = Episodes(*rest[:4]), rest[4], rest[5:]
+        mine = copy(self.learner)
+        mine.theta, mine.buffers, mine.ways = theta, dict(zip(buffers, stored)), n_way
+        with torch.enable_grad():
+            out = mine.meta_loss(episodes, progress, numbers)
+            wanted = list(theta.values())
+            grads = torch.autograd.grad(out.loss.mean(), wanted, materialize_grads=True)
+        stat_names[:] = out.stats
+        stats = [s.detach() for s in out.stats.values()]
+        return [out.loss.detach().mean(), out.accuracy.mean(), *grads, *stats]
 
-        return self.plan.run(
-            Recorded, f, self.theta, varying, self.plan.capture, self.pool
-        ), stat_names
+    given = self.theta, varying, self.plan.capture, self.pool
+    return self.plan.run(Recorded, meta_gradient, *given), stat_names
