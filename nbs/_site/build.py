@@ -34,9 +34,10 @@ def written(path: Path, text: str) -> bool:
 
 def fresh():
     "Start anew where the program that makes the site is newer than what it made."
-    if not STATE.exists():
+    last = STATE if STATE.exists() else PROC  # which a build leaves that did not come to its end
+    if not last.exists():
         return
-    made = STATE.stat().st_mtime
+    made = last.stat().st_mtime
     settings = [ROOT / 'settings.ini', ROOT / 'pyproject.toml']
     program = [*HERE.glob('*.py'), *HERE.glob('templates/*'), *settings]
     newer = {path.name for path in program if path.stat().st_mtime > made}

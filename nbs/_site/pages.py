@@ -87,6 +87,16 @@ def page_name(path: str) -> str:
     return f'{folder}/'.lstrip('/') + re.sub(r'^\d+[a-z0-9]*_', '', name)
 
 
+def last_name(path: str) -> str:
+    "Name a page without its folder."
+    return page_name(path).rpartition('/')[2]
+
+
+def is_room(path: str) -> bool:
+    "Say whether a path names a notebook that is a module, too: it begins with a number."
+    return re.search(r'/\d\w*\.ipynb$', path) is not None
+
+
 def is_shown(path: Path) -> bool:
     "Say whether no part of a path is hidden."
     return not any(part.startswith(('.', '_')) for part in path.parts)
@@ -206,12 +216,12 @@ class Links:
         return self.at_home(path)
 
     def moved(self, path: str) -> str:
-        "Find by its name a notebook that an executed run linked to and that has moved since."
-        if (ROOT / path).exists() or not path.endswith('.ipynb'):
+        "Find by its name a room that an executed run linked to and that has moved since."
+        if (ROOT / path).exists() or not is_room(path):
             return path
-        name = page_name(path).rpartition('/')[2]
-        candidates = (p for p in self.pages.values() if not p.is_run)
-        found = [p.source for p in candidates if p.name.rpartition('/')[2] == name]
+        name = last_name(path)
+        rooms = (source for source in self.pages if is_room(source))
+        found = [source for source in rooms if last_name(source) == name]
         return found[0] if len(found) == 1 else path
 
     def at_home(self, path: str, verb: str = 'blob') -> str:
