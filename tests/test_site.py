@@ -754,6 +754,16 @@ def test_folded_cells_are_folded_and_keep_their_outputs(links):
     assert exported['source'].startswith('<details class="exported" open><summary>')
 
 
+def test_the_line_under_a_title_is_one():
+    "nbdev reads one physical line; the rest would be lost."
+    for path in (ROOT / 'nbs').rglob('*.ipynb'):
+        if '.ipynb_checkpoints' in path.parts:
+            continue
+        source = json.loads(path.read_text(encoding='utf-8'))['cells'][0]['source']
+        quote = ''.join(source).partition('\n> ')[2].partition('\n\n')[0]
+        assert quote and '\n' not in quote.strip(), path
+
+
 def test_what_a_terminal_shows_in_the_end():
     from convert import terminal
 

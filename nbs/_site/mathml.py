@@ -101,8 +101,10 @@ def _beside(before, element, after):
         _spaced(element, '0', '0')
     if element.tag == 'mi' and text in FUNCTIONS:
         bracket = after is not None and after.text in ('(', '[')
+        left = '0' if opened else '0.17em'
+        right = '0' if bracket else '0.17em'
         element.tag = 'mo'
-        _spaced(element, '0' if opened else '0.17em', '0' if bracket else '0.17em')
+        _spaced(element, left, right)
 
 
 def _spaced(element, left: str, right: str):
