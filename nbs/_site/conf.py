@@ -53,13 +53,14 @@ def about(app):
 
 def linkcode_resolve(domain, info):
     "Give a name's source at the repository's home, as nbdev links it."
-    from nbdev.doclinks import NbdevLookup
+    from nbdev.doclinks import NbdevLookup, _get_exps
 
-    lookup = NbdevLookup()
-    found = lookup[info['fullname']]
-    module = info['module'].replace('.', '/') + '.py'
-    here = isinstance(found, tuple) and found[1] == module
-    return lookup.code(info['fullname']) if here else None
+    found = NbdevLookup()[f'{info["module"]}.{info["fullname"]}']
+    if not isinstance(found, tuple):
+        return None
+    _, path, address = found
+    line = _get_exps(path).get(info['fullname'])
+    return f'{address}#L{line}' if line else address
 
 
 def size_classes(cell) -> list[str]:

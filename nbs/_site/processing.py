@@ -10,8 +10,9 @@ import re
 import nbdev.showdoc
 from fastcore.docments import docments
 from nbdev.processors import FilterDefaults, add_show_docs, insert_warning, mv_exports
-from nbdev.showdoc import BasicMarkdownRenderer, NbdevLookup
+from nbdev.showdoc import BasicMarkdownRenderer
 
+PACKAGE = 'fewshotmeta'
 LONGEST = 40  # letters of a default value
 
 
@@ -92,19 +93,22 @@ def signature(name: str, f, types: bool) -> str:
 # arguments
 
 
+def module_of(symbol) -> str:
+    "Name the module that defines a symbol, also where a notebook has it from a cell of its own."
+    own = getattr(symbol, '__module__', None) or ''
+    return own if own.startswith(PACKAGE) else Documented.home
+
+
 def on_disk(f):
     """Find a class as its module defines it.
 
     The fields' comments stand in a file, not in a notebook's memory, and there it has the methods
     that later cells give it.
     """
-    if not inspect.isclass(f):
+    module = module_of(f)
+    if not inspect.isclass(f) or not module:
         return f
-    found = NbdevLookup()[f.__name__]
-    if not isinstance(found, tuple):
-        return f
-    module = importlib.import_module(found[1].removesuffix('.py').replace('/', '.'))
-    return getattr(module, f.__name__, f)
+    return getattr(importlib.import_module(module), f.__name__, f)
 
 
 def rows(f) -> list[tuple[str, str, str]]:
@@ -204,18 +208,26 @@ def kind_of(symbol, name: str) -> str:
 class Documented(BasicMarkdownRenderer):
     "What `show_doc` shows in the site."
 
+    home = ''  # the module that the notebook at work exports
+
     def __init__(self, sym, *args, **kwargs):
         super().__init__(sym, *args, **kwargs)  # which keeps a property's function alone
         self.kind = kind_of(sym, self.nm)
 
     def _repr_markdown_(self):
-        found = NbdevLookup()[self.fn]
-        module = found[1].removesuffix('.py').replace('/', '.') if isinstance(found, tuple) else ''
         inner = members(self.sym) if self.kind == 'class' else ''
+        module = module_of(self.sym)
         return block(self.kind, self.nm, self.sym, self.docs, inner, fence='::::::', module=module)
 
 
 # processors
+
+
+def home_of(nb) -> str:
+    "Name the module that a notebook exports; '' where it exports none."
+    found = (re.search(r'^#\|\s*default_exp\s+(\S+)', cell.source, re.M) for cell in nb.cells)
+    names = [PACKAGE + '.' + match[1] for match in found if match]
+    return names[0] if names else ''
 
 
 def documented_after(cells, i: int) -> int:
@@ -257,4 +269,5 @@ class SiteFilter(FilterDefaults):
 
     def __call__(self, nb):
         nbdev.showdoc.BasicMarkdownRenderer = Documented
+        Documented.home = home_of(nb)
         return super().__call__(nb)
