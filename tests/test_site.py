@@ -847,6 +847,20 @@ def test_a_class_lists_what_later_cells_give_it(monkeypatch):
     assert 'How large it is.' in written._repr_markdown_()
 
 
+def test_a_name_belongs_to_the_notebook_that_exports_it(monkeypatch):
+    "Two rooms may have one of the same name."
+    import processing
+    from execnb.nbio import dict2nb, mk_cell
+    from fewshotmeta.learners.maml import task_losses
+
+    nb = dict2nb(dict(cells=[mk_cell('1 + 1'), mk_cell('#| default_exp training.fit')]))
+    assert processing.home_of(nb) == 'fewshotmeta.training.fit'
+    assert processing.home_of(dict2nb(dict(cells=[]))) == ''
+    monkeypatch.setattr(processing.Documented, 'home', 'fewshotmeta.training.fit')
+    assert processing.module_of(run_beside) == 'fewshotmeta.training.fit'
+    assert processing.module_of(task_losses) == 'fewshotmeta.learners.maml'
+
+
 # the pieces: equations
 
 
