@@ -847,6 +847,30 @@ def test_a_class_lists_what_later_cells_give_it(monkeypatch):
     assert 'How large it is.' in written._repr_markdown_()
 
 
+class Patched:
+    "Something that a later cell gives a method."
+
+
+def test_a_decorated_method_has_its_class_s_name():
+    import processing
+    import torch
+    from fastcore.basics import patch
+    from nbdev.showdoc import show_doc
+
+    @patch
+    @torch.no_grad()
+    def predict(
+        self: Patched,
+        x: int,  # what is asked
+    ) -> int:
+        "Answer."
+        return x
+
+    written = show_doc(Patched.predict, renderer=processing.Documented)._repr_markdown_()
+    assert written.startswith('::::::{py:method} Patched.predict(x)'), written
+    assert '| **x** | `int` | what is asked |' in written
+
+
 def test_a_name_belongs_to_the_notebook_that_exports_it(monkeypatch):
     "Two rooms may have one of the same name."
     import processing

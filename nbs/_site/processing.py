@@ -210,8 +210,10 @@ class Documented(BasicMarkdownRenderer):
 
     home = ''  # the module that the notebook at work exports
 
-    def __init__(self, sym, *args, **kwargs):
-        super().__init__(sym, *args, **kwargs)  # which keeps a property's function alone
+    def __init__(self, sym, name=None, **options):
+        # before it is unwrapped: a decorated method given by `@patch` has its class's name outside
+        name = name or getattr(function_of(sym), '__qualname__', None)
+        super().__init__(sym, name=name, **options)
         self.kind = kind_of(sym, self.nm)
 
     def _repr_markdown_(self):
