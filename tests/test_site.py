@@ -496,9 +496,12 @@ def test_c_is_highlighted_and_folded_code_keeps_its_output(docs):
 # what changes it
 
 
+SEARCH = ('searchindex.js', 'search.html')
+
+
 def state_of(docs):
-    "Digests of the site's files, but of the search's index, which Sphinx shuffles."
-    files = (path for path in docs.rglob('*') if path.is_file() and path.name != 'searchindex.js')
+    "Digests of the site's files, but of the search's, whose index Sphinx shuffles."
+    files = (path for path in docs.rglob('*') if path.is_file() and path.name not in SEARCH)
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -525,7 +528,8 @@ def test_a_run_that_is_not_committed_changes_nothing(built, docs):
     after = state_of(docs)
     changed = [path for path in before | after if before.get(path) != after.get(path)]
     assert changed == []
-    assert mine.name not in (docs / 'searchindex.js').read_text(encoding='utf-8')
+    for name in SEARCH:
+        assert mine.name not in (docs / name).read_text(encoding='utf-8')
 
 
 def source_of(root, name):
