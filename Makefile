@@ -36,11 +36,11 @@ readme: $(READY)
 
 # the site, in _docs/: what changed since the last time
 docs: $(READY)
-	$(ONE_THREAD) $(BIN)/python nbs/_site/build.py
+	$(ONE_THREAD) $(BIN)/python nbs/_site
 
 # the same at http://localhost:8000, and again whenever a notebook is saved
 docs-serve: $(READY)
-	$(ONE_THREAD) $(BIN)/python nbs/_site/build.py --serve --port $(PORT)
+	$(ONE_THREAD) $(BIN)/python nbs/_site --serve --port $(PORT)
 
 # every reliability test at full length (half an hour), and the table on the page Workers
 reliability: $(READY)

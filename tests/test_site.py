@@ -1,44 +1,106 @@
-"""The site: built from clean, then read as its readers do, in a browser; and the pieces that make it."""
+"""The site: built from clean, then read as its readers do, in a browser; and the pieces of it.
 
-import functools, http.server, json, os, re, shutil, subprocess, sys, threading, time, urllib.parse, urllib.request
+It takes minutes, so it is a target of its own: `make test-site`.
+"""
+
+import base64
+import functools
+import hashlib
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import urllib.request
 import pytest
 from conftest import ROOT
 
 SITE = ROOT / 'nbs' / '_site'
 sys.path.insert(0, str(SITE))
 pytestmark = pytest.mark.xdist_group('site')  # one build, one browser
-FLAGS = '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
+BROWSERS = ('chromium', 'chromium-browser', 'google-chrome')
+FLAGS = (
+    '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run '
+    '--disable-background-networking --disable-component-update --disable-sync'
+).split()
+NOT_COPIED = shutil.ignore_patterns(
+    '.git',
+    '.venv',
+    '_docs',
+    '_proc',
+    '__pycache__',
+    '.pytest_cache',
+    '.ipynb_checkpoints',
+    '*_smoke*',
+    '*.safetensors',
+)
+
+
+# a copy of the repository, and its site
 
 
 def make(root):
-    "`make docs`, in this environment."
+    "Do what `make docs` does, in this environment."
     return subprocess.run(
-        [sys.executable, str(root / 'nbs' / '_site' / 'build.py')],
+        [sys.executable, str(root / 'nbs' / '_site')],
         capture_output=True,
         text=True,
         env=os.environ | dict(OMP_NUM_THREADS='1'),
     )
 
 
+def git(root, *args, **options):
+    subprocess.run(['git', '-C', str(root), *args], check=True, capture_output=True, **options)
+
+
+def has_git():
+    return (ROOT / '.git').exists() and shutil.which('git')
+
+
+def commit_what_is_committed(root):
+    "Track in a copy what git tracks here: runs that only lie beside the others stay so."
+    from pages import run_files
+
+    git(root, 'init', '-q')
+    git(root, 'add', '-A', '--', '.', ':!runs')
+    runs = [path.as_posix() for path in run_files() if (root / path).exists()]
+    git(root, 'add', '-f', '--pathspec-from-file=-', input='\n'.join(runs).encode())
+
+
+C_SOURCE = '/* twice */\nstatic float twice(const float x) {\n    return 2.0f * x;\n}'
+
+
+def page_of_listings():
+    "A notebook with C in its outputs, as Markdown and as HTML, and a cell whose code is folded."
+    escaped = C_SOURCE.replace('<', '&lt;')
+    forms = [
+        {'text/markdown': f'```c\n{C_SOURCE}\n```'},
+        {'text/html': f'<pre><code class="language-c">{escaped}</code></pre>'},
+        {'text/plain': "'what it gave'"},
+    ]
+    sources = ['listing()', 'listing_as_html()', '#| code-fold: true\nfolded()']
+    title = dict(cell_type='markdown', id='a', metadata={}, source='# Listings\n\n> Three cells.')
+    codes = []
+    for i, (source, data) in enumerate(zip(sources, forms)):
+        output = dict(output_type='display_data', data=data, metadata={})
+        cell = dict(cell_type='code', id=f'b{i}', source=source, outputs=[output])
+        codes.append(cell | dict(metadata={}, execution_count=None))
+    return dict(cells=[title, *codes], metadata={}, nbformat=4, nbformat_minor=5)
+
+
 @pytest.fixture(scope='session')
 def built(tmp_path_factory):
-    "A copy of the repository with its site, built from clean."
+    "A copy of the repository, with one page more, and its site, built from clean."
     root = tmp_path_factory.mktemp('site') / 'fewshotmeta'
-    shutil.copytree(
-        ROOT,
-        root,
-        ignore=shutil.ignore_patterns(
-            '.git',
-            '.venv',
-            '_docs',
-            '_proc',
-            '__pycache__',
-            '.pytest_cache',
-            '.ipynb_checkpoints',
-            '*_smoke*',
-            '*.safetensors',
-        ),
-    )
+    shutil.copytree(ROOT, root, ignore=NOT_COPIED)
+    (root / 'nbs' / 'howto' / 'listings.ipynb').write_text(json.dumps(page_of_listings()))
+    if has_git():
+        commit_what_is_committed(root)
     start = time.time()
     done = make(root)
     print(f'built from clean in {time.time() - start:.0f} s')
@@ -51,274 +113,278 @@ def docs(built):
     return built / '_docs'
 
 
+def pages_in(docs):
+    "All pages, without suffix."
+    found = [path for path in docs.rglob('*.html') if '_static' not in path.parts]
+    return sorted(path.relative_to(docs).with_suffix('').as_posix() for path in found)
+
+
 @pytest.fixture(scope='session')
 def names(docs):
-    "All pages, without suffix."
-    return sorted(
-        p.relative_to(docs).with_suffix('').as_posix()
-        for p in docs.rglob('*.html')
-        if '_static' not in p.parts
-    )
+    return pages_in(docs)
+
+
+# a browser that looks at it
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args):
-        pass
+        "Stay silent."
 
 
 @pytest.fixture(scope='session')
 def address(docs):
     "The site, served from this machine."
-    server = http.server.ThreadingHTTPServer(
-        ('127.0.0.1', 0), functools.partial(Quiet, directory=str(docs))
-    )
+    handler = functools.partial(Quiet, directory=str(docs))
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f'http://127.0.0.1:{server.server_port}/'
     server.shutdown()
 
 
-def chromium():
-    "A Chromium's path; Debian's package is installed where root can."
-
-    def found():
-        return next(
-            filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None
-        )
-
-    if found() or os.geteuid() or not shutil.which('apt-get'):
-        return found()
-    for args in (
-        ['update', '-qq'],
-        ['install', '-y', '-qq', '--no-install-recommends', 'chromium'],
-    ):
-        if subprocess.run(
-            ['apt-get', *args],
-            capture_output=True,
-            env=os.environ | dict(DEBIAN_FRONTEND='noninteractive'),
-        ).returncode:
-            return
-    return found()
+def chromium(playwright):
+    "Find a Chromium: the system's, or the one that Playwright has installed."
+    for name in BROWSERS:
+        if path := shutil.which(name):
+            return path
+    own = playwright.chromium.executable_path
+    return own if os.path.exists(own) else None
 
 
 @pytest.fixture(scope='session')
 def browser():
-    path = chromium()
-    if not path:
-        pytest.skip('no Chromium: it is not installed, and cannot be here')
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as p:
+        path = chromium(p)
+        if path is None:
+            pytest.skip(
+                'no Chromium to look at the site with: install one by `apt-get install chromium` '
+                'or `.venv/bin/playwright install --with-deps chromium`'
+            )
         browser = p.chromium.launch(executable_path=path, args=FLAGS)
         yield browser
         browser.close()
 
 
 # what a reader sees outside code and equations, what the page refers to, and what does not fit
-LOOK = '''() => {
-  const prose = [], walk = document.createTreeWalker(document.querySelector('article'), NodeFilter.SHOW_TEXT);
-  while (walk.nextNode()) if (!walk.currentNode.parentElement.closest('pre, code, math, script, style, .sig')) prose.push(walk.currentNode.data);
+LOOK = r'''() => {
+  const prose = [];
+  const article = document.querySelector('article');
+  const walk = document.createTreeWalker(article, NodeFilter.SHOW_TEXT);
+  const aside = 'pre, code, math, script, style, .sig';
+  while (walk.nextNode())
+    if (!walk.currentNode.parentElement.closest(aside)) prose.push(walk.currentNode.data);
+  const all = (what, f) => [...document.querySelectorAll(what)].map(f);
   return {
-    prose: prose.join(' '), ids: [...document.querySelectorAll('[id]')].map(e => e.id),
-    links: [...document.querySelectorAll('a[href]')].map(e => e.href),
-    images: [...document.querySelectorAll('article img')].map(e => [e.src, e.alt, e.naturalWidth]),
-    parts: [...document.querySelectorAll('link[href]:not([rel=canonical]), script[src]')].map(e => e.href || e.src),
-    raw: [...document.querySelectorAll('math')].filter(e => e.textContent.includes('\\\\')).length,
+    prose: prose.join(' '),
+    ids: all('[id]', e => e.id),
+    links: all('a[href]', e => e.href),
+    images: all('article img', e => [e.src, e.alt, e.naturalWidth]),
+    parts: all('link[href]:not([rel=canonical]), script[src]', e => e.href || e.src),
+    raw: all('math', e => e.textContent).filter(t => t.includes('\\')).length,
     description: document.querySelector('meta[name=description]')?.content,
-    actions: [...document.querySelectorAll('.page-actions a')].map(e => [e.textContent, e.href])}}'''
-WIDTH = '''() => [...document.querySelectorAll('html, body, .page, .main, .content, .article-container, article')].filter(e => e.scrollWidth > Math.max(e.clientWidth, innerWidth) + 1)
-  .map(e => `${e.tagName}.${e.className} ${e.scrollWidth}`)'''
+    actions: all('.page-actions a', e => [e.textContent, e.href])}}'''
+WIDTH = '''() => {
+  const boxes = 'html, body, .page, .main, .content, .article-container, article';
+  return [...document.querySelectorAll(boxes)]
+    .filter(e => e.scrollWidth > Math.max(e.clientWidth, innerWidth) + 1)
+    .map(e => `${e.tagName}.${e.className} ${e.scrollWidth}`)}'''
 
 # of each kind of element three are left: a page of code has thousands of words in five colours
-THIN = '''() => { const seen = {};
-  for (const e of document.querySelectorAll('pre span, article :is(td, th, p, li, dt, dl, code, a, img, details):not(a *)')) {
-    const kind = [e.tagName, e.className, e.parentElement?.className, e.parentElement?.parentElement?.className].join();
+THIN = '''() => {
+  const seen = {};
+  const parts = 'td, th, p, li, dt, dl, code, a, img, details';
+  for (const e of document.querySelectorAll(`pre span, article :is(${parts}):not(a *)`)) {
+    const above = e.parentElement;
+    const kind = [e.tagName, e.className, above?.className, above?.parentElement?.className].join();
     if ((seen[kind] = (seen[kind] || 0) + 1) > 3) e.remove(); }}'''
+CHECKS = dict(
+    runOnly=['color-contrast', 'image-alt', 'link-name', 'document-title'],
+    resultTypes=['violations'],
+)
+DESK = dict(width=1280, height=900)
+PHONE = dict(width=390, height=844)
+
+
+def violations(page, name):
+    "What axe-core says of a page as it is now."
+    from axe_playwright_python.sync_playwright import Axe
+
+    part = None if name == 'index' else 'article'
+    out = []
+    for kind in Axe().run(page, part, options=CHECKS).response['violations']:
+        for node in kind['nodes'][:3]:
+            why = node['any'][0]['message'][:160] if node['any'] else ''
+            out.append((kind['id'], node['target'], why))
+    return out
 
 
 def faults(page, name):
     "What axe-core says of a page in light and in dark."
-    from axe_playwright_python.sync_playwright import Axe
-
-    out = {}
     page.evaluate(THIN)
-    page.add_style_tag(
-        content='* { transition: none !important }'
-    )  # axe-core would see a colour on its way
+    # axe-core would see a colour on its way
+    page.add_style_tag(content='* { transition: none !important }')
+    out = {}
     for theme in ('light', 'dark'):
         page.emulate_media(color_scheme=theme)
-        found = (
-            Axe()
-            .run(
-                page,
-                None if name == 'index' else 'article',
-                options=dict(
-                    runOnly=['color-contrast', 'image-alt', 'link-name', 'document-title'],
-                    resultTypes=['violations'],
-                ),
-            )
-            .response['violations']
-        )
-        out[theme] = [
-            (v['id'], n['target'], n['any'][0]['message'][:160] if n['any'] else '')
-            for v in found
-            for n in v['nodes'][:3]
-        ]
+        out[theme] = violations(page, name)
     page.emulate_media(color_scheme='light')
     return out
 
 
+class Complaints:
+    "What a browser says of the pages that it shows, and what it asked for."
+
+    def __init__(self, page):
+        self.said = []
+        self.asked = []
+        page.on('console', self.console)
+        page.on('pageerror', lambda error: self.said.append(str(error)))
+        page.on('requestfailed', self.failed)
+        page.on('request', lambda request: self.asked.append(request.url))
+        page.on('response', self.response)
+
+    def console(self, message):
+        if message.type in ('error', 'warning'):
+            self.said.append(message.text)
+
+    def failed(self, request):
+        if request.failure != 'net::ERR_ABORTED':  # the next page came first
+            self.said.append(f'failed: {request.url}')
+
+    def response(self, response):
+        if response.status >= 400:
+            self.said.append(f'{response.status}: {response.url}')
+
+
 @pytest.fixture(scope='session')
 def seen(browser, address, names):
-    "Every page as a browser shows it: what it holds, what it asked for, what it complained about. Runs look alike: two of them stand for all before axe-core, which takes long."
-    out, page = {}, browser.new_page(color_scheme='light', viewport=dict(width=1280, height=900))
-    alike = set([n for n in names if n.startswith('runs/') and n != 'runs/index'][2:])
-    said, asked = [], []
-    page.on('console', lambda m: m.type in ('error', 'warning') and said.append(m.text))
-    page.on('pageerror', lambda e: said.append(str(e)))
-    page.on(
-        'requestfailed',
-        lambda r: r.failure != 'net::ERR_ABORTED' and said.append(f'failed: {r.url}'),
-    )  # aborted: the next page came first
-    page.on('request', lambda r: asked.append(r.url))
-    page.on('response', lambda r: r.status >= 400 and said.append(f'{r.status}: {r.url}'))
+    """Every page as a browser shows it: what it holds, asked for, complained about.
+
+    Runs look alike: two of them stand for all before axe-core, which takes long.
+    """
+    page = browser.new_page(color_scheme='light', viewport=DESK)
+    runs = [name for name in names if name.startswith('runs/') and name != 'runs/index']
+    heard, out = Complaints(page), {}
     for name in names:
-        said.clear()
-        asked.clear()
+        heard.said.clear()
+        heard.asked.clear()
         page.goto(f'{address}{name}.html')
-        out[name] = page.evaluate(LOOK) | dict(said=said[:], asked=asked[:])
-        page.set_viewport_size(dict(width=390, height=844))
+        looked = page.evaluate(LOOK)
+        out[name] = looked | dict(said=heard.said[:], asked=heard.asked[:])
+        page.set_viewport_size(PHONE)
         out[name]['wide'] = page.evaluate(WIDTH)
-        page.set_viewport_size(dict(width=1280, height=900))
-        if name not in alike:
+        page.set_viewport_size(DESK)
+        if name not in runs[2:]:
             out[name]['faults'] = faults(page, name)
     page.close()
     return out
 
 
-def notebooks_of(seen):
-    return {n: p for n, p in seen.items() if p['actions']}
+# what it sees
 
 
 def test_pages_load_without_a_complaint(seen):
-    assert len(seen) > 80 and {n: p['said'] for n, p in seen.items() if p['said']} == {}
+    assert len(seen) > 80
+    assert {name: page['said'] for name, page in seen.items() if page['said']} == {}
 
 
 def test_nothing_is_asked_of_another_machine(seen, address):
-    foreign = {
-        n: [u for u in p['asked'] + p['parts'] if not u.startswith((address, 'data:'))]
-        for n, p in seen.items()
-    }
-    assert {n: u for n, u in foreign.items() if u} == {}
+    foreign = []
+    for name, page in seen.items():
+        urls = page['asked'] + page['parts']
+        foreign += [(name, url) for url in urls if not url.startswith((address, 'data:'))]
+    assert foreign == []
+
+
+def fault_of(link, docs, seen):
+    "Where a link within the site leads if nothing is there."
+    path, _, fragment = urllib.parse.unquote(link).partition('#')
+    path = path.partition('?')[0] or 'index.html'
+    if not (docs / path).is_file():
+        return path
+    if fragment and fragment not in seen[path.removesuffix('.html')]['ids']:
+        return f'{path}#{fragment}'
 
 
 def test_links_lead_somewhere(seen, address, docs):
     broken = []
     for name, page in seen.items():
-        for link in page['links'] + [src for src, _, _ in page['images']]:
-            if not link.startswith(address):
-                continue
-            path, _, fragment = urllib.parse.unquote(link.removeprefix(address)).partition('#')
-            path = path.partition('?')[0] or 'index.html'
-            if not (docs / path).is_file():
-                broken.append((name, path))
-            elif fragment and fragment not in seen[path.removesuffix('.html')]['ids']:
-                broken.append((name, f'{path}#{fragment}'))
+        links = page['links'] + [source for source, _, _ in page['images']]
+        own = [link.removeprefix(address) for link in links if link.startswith(address)]
+        found = (fault_of(link, docs, seen) for link in own)
+        broken += [(name, fault) for fault in found if fault]
     assert broken == []
 
 
 def test_own_pages_are_linked_in_place(seen):
     from pages import Links
 
-    assert not [(n, u) for n, p in seen.items() for u in p['links'] if u.startswith(Links().site)]
+    site, away = Links().site, []
+    for name, page in seen.items():
+        away += [(name, link) for link in page['links'] if link.startswith(site)]
+    assert not away
 
 
 def test_pictures_are_there_and_say_what_they_show(seen):
-    images = [(n, *i) for n, p in seen.items() for i in p['images']]
-    assert (
-        len(images) > 100
-        and [
-            i
-            for i in images
-            if not i[3] or len(i[2]) < 15 or re.search(r'[`$\\]|]\(|^_|\.png', i[2])
-        ]
-        == []
-    )
+    images = [(name, *image) for name, page in seen.items() for image in page['images']]
+    no_words = re.compile(r'[`$\\]|]\(|^_|\.png')
+    assert len(images) > 100
+    assert [i for i in images if not i[3] or len(i[2]) < 15 or no_words.search(i[2])] == []
 
 
 def test_no_markup_shows(seen):
     raw = re.compile(r'#\||:::|\{\.\w|\$|\\[a-zA-Z]{2,}|\]\(|\*\*|<!--|\{target=')
-    assert {n: m.group() for n, p in seen.items() if (m := raw.search(p['prose']))} == {} and [
-        n for n, p in seen.items() if p['raw']
-    ] == []
+    found = {name: raw.search(page['prose']) for name, page in seen.items()}
+    assert {name: match.group() for name, match in found.items() if match} == {}
+    assert [name for name, page in seen.items() if page['raw']] == []
 
 
 def test_pages_say_what_they_are(seen):
     from pages import Links
 
-    pages = notebooks_of(seen)
-    assert {p.name for p in Links().pages.values()} <= set(pages)
+    links = Links()
+    pages = {name: page for name, page in seen.items() if page['actions']}
+    assert {page.name for page in links.pages.values()} <= set(pages)
+    colab = links.git.replace('https://', 'https://colab.research.google.com/')
+    colab = colab.replace('github.com', 'github') + '/blob/main/'
     for name, page in pages.items():
         actions = dict(page['actions'])
-        assert page['description'] and {'Download notebook', 'Open in Colab'} <= set(actions), name
-        assert actions['Open in Colab'].startswith(
-            Links()
-            .git.replace('https://', 'https://colab.research.google.com/')
-            .replace('github.com', 'github')
-            + '/blob/main/'
-        ) and ('Edit' in actions or name.startswith('runs/')), name
+        assert page['description'], name
+        assert {'Download notebook', 'Open in Colab'} <= set(actions), name
+        assert actions['Open in Colab'].startswith(colab), name
+        assert 'Edit' in actions or name.startswith('runs/'), name
 
 
 def test_phone_pages_do_not_scroll_sideways(seen):
-    assert {n: p['wide'] for n, p in seen.items() if p['wide']} == {}
+    assert {name: page['wide'] for name, page in seen.items() if page['wide']} == {}
+
+
+READING_ORDER = '''
+    # data/banks data/datasets data/episodes data/augment
+    learners/maml learners/mamlpp learners/hidra learners/hypermaml
+    training/evaluation training/fit engine/layers engine/kernels lab/runs
+    experiments/train runs/index reports/mamlpp reports/hypermaml reports/findings
+    howto/your_images howto/which_method'''.split()
 
 
 def test_sidebar_has_the_reading_order(browser, address):
+    from pages import SECTIONS
+
     page = browser.new_page()
     page.goto(address)
     captions = page.evaluate(
         "[...document.querySelectorAll('.sidebar-tree .caption-text')].map(e => e.textContent)"
     )
     links = page.evaluate(
-        "[...document.querySelectorAll('.sidebar-tree a')].map(e => e.getAttribute('href').replace('.html', ''))"
+        "[...document.querySelectorAll('.sidebar-tree a')].map(e => e.getAttribute('href'))"
     )
     page.close()
-    order = [
-        c
-        for c in (
-            'Start',
-            'Tasks',
-            'Learners',
-            'Training and measuring',
-            'Experiments',
-            'Reports',
-            'Findings',
-            'How-to',
-        )
-        if c in captions
-    ]
-    assert captions[: len(order)] == order and len(order) >= 7
-    wanted = [
-        '#',
-        'data',
-        'episodes',
-        'augment',
-        'layers',
-        'kernels',
-        'backbones',
-        'maml',
-        'mamlpp',
-        'hidra',
-        'hypermaml',
-        'training',
-        'evaluation',
-        'experiments/train',
-        'runs/index',
-        'reports/mamlpp',
-        'reports/hypermaml',
-        'findings',
-        'runs',
-    ]
-    assert [n for n in links if n in wanted] == wanted
+    wings = ['Data', 'Learners', 'Training', 'Engine', 'Lab']
+    assert captions == ['Start', *wings, 'Experiments', 'Reports', 'How-to'] == list(SECTIONS)
+    links = [link.replace('.html', '') for link in links]
+    assert [link for link in links if link in READING_ORDER] == READING_ORDER
 
 
 def test_search_finds_hidra(browser, address):
@@ -329,69 +395,77 @@ def test_search_finds_hidra(browser, address):
         "document.querySelectorAll('#search-results ul.search li').length > 5", timeout=20_000
     )
     found = page.evaluate(
-        "[...document.querySelectorAll('#search-results ul.search li a')].map(e => e.getAttribute('href'))"
+        "[...document.querySelectorAll('#search-results ul.search li a')]"
+        ".map(e => e.getAttribute('href'))"
     )
     page.close()
-    assert any(f.startswith('hidra.html') for f in found[:8]) and any(
-        f.startswith('reports/hidra.html') for f in found
-    ), found
+    assert any(link.startswith('learners/hidra.html') for link in found[:8]), found
+    assert any(link.startswith('reports/hidra.html') for link in found), found
 
 
 @pytest.mark.parametrize('theme', ['light', 'dark'])
 def test_contrast(seen, theme):
     "axe-core's checks, on every page but the runs, of which some stand for all."
-    checked = {n: p['faults'][theme] for n, p in seen.items() if 'faults' in p}
-    assert len(checked) > 40 and {n: f for n, f in checked.items() if f} == {}
+    checked = {name: page['faults'][theme] for name, page in seen.items() if 'faults' in page}
+    assert len(checked) > 40
+    assert {name: found for name, found in checked.items() if found} == {}
 
 
-def test_every_public_name_is_described_on_its_page(seen, docs):
-    "With its source, which needs no network."
+# what the pages hold
+
+
+def page_text(docs, name):
+    return (docs / f'{name}.html').read_text(encoding='utf-8')
+
+
+def exported_source(text):
+    "The code in a page's blocks of exported source, without markup."
+    blocks = re.findall(r'(?s)<details class="exported".*?</details>', text)
+    return re.sub(r'<[^>]+>', '', ''.join(blocks))
+
+
+def public_names():
+    "Name and address of every public function and class."
     from fewshotmeta._modidx import d
 
     for module, names in d['syms'].items():
         for name, (url, _) in names.items():
             short = name.removeprefix(f'{module}.')
-            if '.' in short or short.startswith('_'):
-                continue
-            page, _, fragment = url.partition('#')
-            assert fragment in seen[page.removesuffix('.html')]['ids'], f'{name} is not on {page}'
-            text = re.sub(
-                r'<[^>]+>',
-                '',
-                ''.join(
-                    re.findall(
-                        r'(?s)<details class="exported".*?</details>', (docs / page).read_text()
-                    )
-                ),
-            )
-            assert re.search(rf'\b(def|class) {short}\b', text), (
-                f'the source of {name} is not on {page}'
-            )
+            if '.' not in short and not short.startswith('_'):
+                yield short, url
 
 
-def test_experiments_show_a_run_and_no_smoke_test(docs):
-    for path in (ROOT / 'nbs' / 'experiments').glob('*.ipynb'):
-        text = (docs / 'experiments' / f'{path.stem}.html').read_text()
-        assert (
-            re.search(r'those of an executed run, <a[^>]*href="\.\./runs/', text)
-            and 'scale smoke' not in text
-        ), path.stem
-        pictures = {
-            d
-            for c in json.loads(path.read_text())['cells']
-            for o in c.get('outputs', [])
-            if (d := ''.join(o.get('data', {}).get('image/png', '')))
-        }
-        assert pictures and not [
-            i for i in re.findall(r'_images/(\w+)\.png', text) if i in {digest(d) for d in pictures}
-        ], path.stem
+def test_every_public_name_is_described_on_its_page(docs):
+    "With its source, which needs no network."
+    for name, url in public_names():
+        page, _, fragment = url.partition('#')
+        text = (docs / page).read_text(encoding='utf-8')
+        assert f'id="{fragment}"' in text, f'{name} is not on {page}'
+        source = exported_source(text)
+        assert re.search(rf'\b(def|class) {name}\b', source), f'no source of {name} on {page}'
 
 
 def digest(png):
     "The name that MyST-NB gives a picture."
-    import base64, hashlib
-
     return hashlib.sha256(base64.b64decode(png)).hexdigest()
+
+
+def own_pictures(path):
+    "Digests of the pictures that a notebook keeps."
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    outputs = [output for cell in cells for output in cell.get('outputs', [])]
+    found = [''.join(output.get('data', {}).get('image/png', '')) for output in outputs]
+    return {digest(png) for png in found if png}
+
+
+def test_experiments_show_a_run_and_no_smoke_test(docs):
+    for path in (ROOT / 'nbs' / 'experiments').glob('*.ipynb'):
+        text = page_text(docs, f'experiments/{path.stem}')
+        assert re.search(r'those of an executed run, <a[^>]*href="\.\./runs/', text), path.stem
+        assert 'scale smoke' not in text, path.stem
+        own = own_pictures(path)
+        assert own, path.stem
+        assert not own & set(re.findall(r'_images/(\w+)\.png', text)), path.stem
 
 
 def test_a_run_comes_with_its_files(docs):
@@ -400,73 +474,93 @@ def test_a_run_comes_with_its_files(docs):
     pages = sorted((docs / 'runs').glob('*/*.html'))
     assert len(pages) == len(run_folders()) > 50
     for page in pages:
-        result = json.loads((page.with_suffix('') / 'result.json').read_text())
-        assert (page.with_suffix('') / 'notebook.ipynb').is_file() and re.search(
-            rf'\b{result["scale"]}\b', page.read_text().partition('<article')[2]
-        ), page
+        folder = page.with_suffix('')
+        scale = json.loads((folder / 'result.json').read_text(encoding='utf-8'))['scale']
+        article = page.read_text(encoding='utf-8').partition('<article')[2]
+        assert (folder / 'notebook.ipynb').is_file(), page
+        assert re.search(rf'\b{scale}\b', article), page
 
 
-def first_words(nb):
-    "Of the text after the title."
-    return [c for c in nb['cells'] if c['cell_type'] == 'markdown'][1]['source']
+def test_c_is_highlighted_and_folded_code_keeps_its_output(docs):
+    text = page_text(docs, 'howto/listings')
+    listings = re.findall(r'(?s)<div class="highlight-c notranslate">.*?</pre>', text)
+    assert len(listings) == 2
+    for listing in listings:
+        assert '<span class="cm">/* twice */</span>' in listing
+        assert '<span class="kt">float</span>' in listing
+    before, _, folded = text.partition('<details class="admonition hide')
+    code, _, output = folded.partition('</details>')
+    assert 'listing_as_html' in before and 'folded' in code and 'what it gave' in output
 
 
-def test_only_what_changed_is_made_again(built):
-    "One sentence more in one notebook: its page is written, and the one that lists it; the others are left."
-    docs, path = built / '_docs', built / 'nbs' / '14_reptile.ipynb'
-    before = {p: p.stat().st_mtime_ns for p in docs.rglob('*.html')}
-    nb = json.loads(path.read_text())
-    first_words(nb).append('\n\nA sentence that was not there.')
-    path.write_text(json.dumps(nb))
+# what changes it
+
+
+SEARCH = ('searchindex.js', 'search.html')
+
+
+def state_of(docs):
+    "Digests of the site's files, but of the search's, whose index Sphinx shuffles."
+    files = (path for path in docs.rglob('*') if path.is_file() and path.name not in SEARCH)
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def run_beside(root):
+    "A run of the experiment Train like a user's own, newer than all: `make run` leaves such a one."
+    kept = sorted((root / 'runs').glob('*/maml*/result.json'))[0].parent
+    mine = root / 'runs' / 'glyphs' / 'first_run_of_mine'
+    shutil.copytree(kept, mine)
+    result = json.loads((mine / 'result.json').read_text(encoding='utf-8'))
+    result |= dict(experiment='glyphs', run=mine.name, finished='2999-01-01T00:00:00')
+    (mine / 'result.json').write_text(json.dumps(result), encoding='utf-8')
+    return mine
+
+
+@pytest.mark.skipif(not has_git(), reason='no git says which runs are committed')
+def test_a_run_that_is_not_committed_changes_nothing(built, docs):
+    before = state_of(docs)
+    mine = run_beside(built)
+    try:
+        done = make(built)
+    finally:
+        shutil.rmtree(mine)
+    assert done.returncode == 0, done.stderr
+    after = state_of(docs)
+    changed = [path for path in before | after if before.get(path) != after.get(path)]
+    assert changed == []
+    for name in SEARCH:
+        assert mine.name not in (docs / name).read_text(encoding='utf-8')
+
+
+def source_of(root, name):
+    "The notebook behind a page, in a copy of the repository."
+    from pages import Links
+
+    found = [page.source for page in Links().pages.values() if page.name == name]
+    return root / found[0]
+
+
+def add_sentence(path, sentence):
+    "To the text after a notebook's title."
+    nb = json.loads(path.read_text(encoding='utf-8'))
+    texts = [cell for cell in nb['cells'] if cell['cell_type'] == 'markdown']
+    texts[1]['source'].append(f'\n\n{sentence}')
+    path.write_text(json.dumps(nb), encoding='utf-8')
+
+
+def test_only_what_changed_is_made_again(built, docs):
+    "One sentence more: its page is written, and the one that lists it; the others are left."
+    pages = pages_in(docs)
+    before = {name: (docs / f'{name}.html').stat().st_mtime_ns for name in pages}
+    add_sentence(source_of(built, 'learners/reptile'), 'A sentence that was not there.')
     start = time.time()
     done = make(built)
     print(f'one page again in {time.time() - start:.1f} s')
-    changed = {p.stem for p in before if p.stat().st_mtime_ns != before[p]}
-    assert (
-        done.returncode == 0
-        and 'A sentence that was not there.' in (docs / 'reptile.html').read_text()
-    ), done.stderr
-    assert 'reptile' in changed and changed <= {'reptile', 'index', 'search'}, changed
-
-
-def test_serving_follows_a_notebook(built):
-    "Saved, and the page has it."
-    with open(built / 'serve.log', 'w') as log:
-        p = subprocess.Popen(
-            [
-                sys.executable,
-                '-u',
-                str(built / 'nbs' / '_site' / 'build.py'),
-                '--serve',
-                '--port',
-                '0',
-            ],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def text():
-        return (built / 'serve.log').read_text()
-
-    try:
-        wait(lambda: 'http://localhost:' in text(), 120, text)
-        url = re.search(r'http://localhost:\d+/', text()).group()
-
-        def read():
-            return urllib.request.urlopen(f'{url}ranks.html').read().decode()
-
-        assert '__made' in read() and 'Saved just now.' not in read()
-        path = built / 'nbs' / '18_ranks.ipynb'
-        nb = json.loads(path.read_text())
-        first_words(nb).append('\n\nSaved just now.')
-        path.write_text(json.dumps(nb))
-        start = time.time()
-        wait(lambda: 'Saved just now.' in read(), 60, text)
-        print(f'saved to seen: {time.time() - start:.1f} s')
-    finally:
-        p.terminate()
-        p.wait(20)
+    assert done.returncode == 0, done.stderr
+    assert 'A sentence that was not there.' in page_text(docs, 'learners/reptile')
+    changed = {n for n in pages if (docs / f'{n}.html').stat().st_mtime_ns != before[n]}
+    assert 'learners/reptile' in changed
+    assert changed <= {'learners/reptile', 'index', 'search'}, changed
 
 
 def wait(what, seconds, say):
@@ -476,184 +570,356 @@ def wait(what, seconds, say):
         time.sleep(0.1)
 
 
-# the pieces
+def test_serving_follows_a_notebook(built):
+    "Saved, and the page has it."
+    command = [sys.executable, '-u', str(built / 'nbs' / '_site'), '--serve', '--port', '0']
+    log = built / 'serve.log'
+
+    def address():
+        found = re.search(r'http://localhost:\d+/', log.read_text())
+        return found and found.group()
+
+    def page():
+        return urllib.request.urlopen(f'{address()}engine/ranks.html').read().decode()
+
+    with open(log, 'w') as out:
+        served = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait(address, 120, log.read_text)
+        assert '__made' in page() and 'Saved just now.' not in page()
+        add_sentence(source_of(built, 'engine/ranks'), 'Saved just now.')
+        start = time.time()
+        wait(lambda: 'Saved just now.' in page(), 60, log.read_text)
+        print(f'saved to seen: {time.time() - start:.1f} s')
+    finally:
+        served.terminate()
+        served.wait(20)
+
+
+# the pieces: which runs are shown
+
+
+def plant(root, *names):
+    for name in names:
+        folder = root / 'runs' / 'table' / name
+        folder.mkdir(parents=True)
+        (folder / 'notebook.ipynb').write_text('{}')
+        (folder / 'result.json').write_text('{}')
+
+
+@pytest.mark.skipif(not shutil.which('git'), reason='no git')
+def test_the_site_shows_committed_runs(tmp_path, monkeypatch):
+    import pages
+
+    monkeypatch.setattr(pages, 'ROOT', tmp_path)
+    plant(tmp_path, 'kept', 'mine', 'kept_smoke_seed0')
+
+    def shown():
+        return [folder.name for folder in pages.run_folders()]
+
+    assert shown() == ['kept', 'mine'], 'an archive has no git: every run with a result'
+    git(tmp_path, 'init', '-q')
+    assert shown() == []
+    git(tmp_path, 'add', 'runs/table/kept', 'runs/table/kept_smoke_seed0')
+    assert shown() == ['kept']
+    assert [path.parent.name for path in pages.run_files()] == ['kept', 'kept']
+    (tmp_path / 'runs' / 'table' / 'kept' / 'result.json').unlink()
+    assert shown() == [], 'a run without a result is none'
+
+
+@pytest.mark.skipif(not shutil.which('git'), reason='no git')
+def test_a_repository_that_git_cannot_read_is_an_error(tmp_path, monkeypatch):
+    import pages
+
+    monkeypatch.setattr(pages, 'ROOT', tmp_path)
+    (tmp_path / '.git').write_text('gitdir: nowhere')
+    said = 'git does not say what is committed in runs/: fatal: not a git repository'
+    with pytest.raises(RuntimeError, match=said):
+        pages.run_folders()
+
+
+# the pieces: text
 
 
 def test_front_matter_directives_and_callouts():
-    from convert import callouts, directives, front_matter
+    from convert import directives
+    from prose import callouts, front_matter
 
-    assert (
-        front_matter('---\ntitle: MAML\ndescription: "a: b"\noutput-file: maml.html\n---\n')
-        == {'title': 'MAML', 'description': 'a: b', 'output-file': 'maml.html'}
-        and front_matter('text') == {}
-    )
-    assert directives('#| echo: false\n#| fig-alt: "two curves"\nplot()\n#| no directive') == (
-        {'echo': 'false', 'fig-alt': 'two curves'},
-        'plot()\n#| no directive',
-    )
+    matter = '---\ntitle: MAML\ndescription: "a: b"\noutput-file: maml.html\n---\n'
+    read = {'title': 'MAML', 'description': 'a: b', 'output-file': 'maml.html'}
+    assert front_matter(matter) == read
+    assert front_matter('text') == {}
+    cell = '#| echo: false\n#| fig-alt: "two curves"\nplot()\n#| no directive'
+    found = {'echo': 'false', 'fig-alt': 'two curves'}
+    assert directives(cell) == (found, 'plot()\n#| no directive')
     assert callouts('::: {.callout-tip}\nx\n:::') == ':::{tip}\nx\n:::'
-    assert (
-        callouts(':::{.callout-warning title="Take care"}\nx\n:::')
-        == ':::{admonition} Take care\n:class: warning\nx\n:::'
-    )
+    titled = callouts(':::{.callout-warning title="Take care"}\nx\n:::')
+    assert titled == ':::{admonition} Take care\n:class: warning\nx\n:::'
 
 
-def test_links_go_to_pages_files_or_home_and_nowhere_else():
-    from convert import markdown
+@pytest.fixture(scope='module')
+def links():
     from pages import Links
 
-    links = Links()
-    report, maml = links.pages['nbs/reports/mamlpp.ipynb'], links.pages['nbs/10_maml.ipynb']
-    assert (
-        markdown('[a](../11_mamlpp.ipynb#x) `[b](no.ipynb)` <!-- c -->', report, links)
-        == '[a](../mamlpp.html#x) `[b](no.ipynb)` '
-    )
-    assert (
-        links('../../runs/mamlpp_t4/maml_1shot_short_seed0/notebook.ipynb', report)
-        == '../runs/mamlpp_t4/maml_1shot_short_seed0.html'
-    )
-    assert (
-        links('../runs/mamlpp_t4/maml_1shot_short_seed0/result.json', maml)
-        == 'runs/mamlpp_t4/maml_1shot_short_seed0/result.json'
-    )
-    assert (
-        links('../Makefile', maml) == f'{links.git}/blob/main/Makefile'
-        and links('#here', maml) == '#here'
-    )
-    assert (
-        links(f'{links.site}maml.html#fast', report) == '../maml.html#fast'
-        and links('https://arxiv.org/abs/1', maml) == 'https://arxiv.org/abs/1'
-    )
-    with pytest.raises(
-        ValueError, match=r'10_maml.ipynb: a link to 1_maml.ipynb, but there is no nbs/1_maml.ipynb'
-    ):
+    return Links()
+
+
+def page_named(links, name):
+    return next(page for page in links.pages.values() if page.name == name)
+
+
+def test_links_go_to_pages_files_or_home_and_nowhere_else(links):
+    from prose import markdown
+
+    report = page_named(links, 'reports/mamlpp')
+    maml = page_named(links, 'learners/maml')
+    mamlpp = page_named(links, 'learners/mamlpp').source.removeprefix('nbs/')
+    text = f'[a](../{mamlpp}#x) `[b](no.ipynb)` <!-- c -->'
+    assert markdown(text, report, links) == '[a](../learners/mamlpp.html#x) `[b](no.ipynb)` '
+    run = 'runs/mamlpp_t4/maml_1shot_short_seed0'
+    assert links(f'../../{run}/notebook.ipynb', report) == f'../{run}.html'
+    assert links(f'../../{run}/result.json', maml) == f'../{run}/result.json'
+    assert links('../../Makefile', maml) == f'{links.git}/blob/main/Makefile'
+    assert links('#here', maml) == '#here'
+    assert links(f'{links.site}learners/maml.html#fast', report) == '../learners/maml.html#fast'
+    assert links('https://arxiv.org/abs/1', maml) == 'https://arxiv.org/abs/1'
+    wrong = r'_maml.ipynb: a link to 1_maml.ipynb, but there is no nbs/learners/1_maml.ipynb'
+    with pytest.raises(ValueError, match=wrong):
         links('1_maml.ipynb', maml)
 
 
-def test_a_run_s_outputs_go_to_the_same_code():
-    from convert import with_outputs_of
-
-    def cell(source, *outputs):
-        return dict(cell_type='code', source=source, outputs=list(outputs), metadata={})
-
-    nb, same = with_outputs_of(
-        dict(cells=[cell('%config x\nf(1)', 'smoke'), cell('g(2)', 'smoke')]),
-        dict(cells=[cell('#| echo: false\nf(1)', 'run'), cell('g(3)', 'run')]),
-    )
-    assert [c['outputs'] for c in nb['cells']] == [['run'], []] and same == 1
+def test_a_run_keeps_its_links_when_a_room_moves(links):
+    run = next(page for page in links.pages.values() if page.is_run)
+    assert links('../12_hidra.ipynb', run) == '../../learners/hidra.html'
+    with pytest.raises(ValueError, match='there is no nbs/12_gone.ipynb'):
+        links('../12_gone.ipynb', run)
+    with pytest.raises(ValueError, match='there is no nbs/12_hidra.ipynb'):
+        links('../12_hidra.ipynb', page_named(links, 'reports/hidra'))
 
 
-def test_a_run_does_not_show_what_its_notebook_hides():
-    from convert import cells
-    from pages import Links
-
-    links = Links()
-
-    def cell(source):
-        return dict(cell_type='code', id='a', source=source, outputs=[], metadata={})
-
-    made = cells(
-        dict(cells=[cell('#| hide\nsetup()'), cell('f(1)')]),
-        next(p for p in links.pages.values() if p.is_run),
-        links,
-    )
-    assert [c['source'] for c in made] == ['f(1)']
+def test_nbdev_s_links_lead_to_the_pages(links):
+    addresses = {url.partition('#')[0] for _, url in public_names()}
+    assert addresses <= {f'{page.name}.html' for page in links.pages.values()}
 
 
 def test_new_notebooks_find_their_section():
     from pages import in_order
 
-    order = in_order(
-        [
-            'index',
-            '00a_data',
-            '10_maml',
-            '12a_mine',
-            '18_ranks',
-            '18a_yours',
-            '20_training',
-            '24_more',
-            'findings',
-            'howto/cluster',
-            'howto/another',
-            '50_odd',
-        ]
-    )
-    assert order['Learners'] == ['10_maml', '12a_mine', '18a_yours'] and order[
-        'Training and measuring'
-    ] == ['20_training', '18_ranks', '24_more']
-    assert order['How-to'] == ['howto/cluster', 'howto/another'] and order[
-        'Runs, batches, files'
-    ] == ['50_odd']
+    names = '''index data/02_banks data/03a_mine learners/01_backbones learners/10_maml
+        learners/12a_mine learners/18a_yours training/03_fit engine/05_ranks engine/06_more
+        lab/00_runs reports/findings howto/cluster howto/another 50_odd'''.split()
+    order = in_order(names)
+    assert order['Data'] == ['data/02_banks', 'data/03a_mine']
+    learners = ['10_maml', '12a_mine', '18a_yours', '01_backbones']
+    assert order['Learners'] == [f'learners/{name}' for name in learners]
+    assert order['Engine'] == ['engine/05_ranks', 'engine/06_more']
+    assert order['How-to'] == ['howto/cluster', '50_odd', 'howto/another']
+    assert sorted(sum(order.values(), start=[])) == sorted(names)
+
+
+# the pieces: cells
+
+
+def code_cell(source, *outputs):
+    return dict(cell_type='code', id='a', source=source, outputs=list(outputs), metadata={})
+
+
+def test_a_run_s_outputs_go_to_the_same_code():
+    from convert import with_outputs_of
+
+    mine = [code_cell('%config x\nf(1)', 'smoke'), code_cell('g(2)', 'smoke')]
+    executed = [code_cell('#| echo: false\nf(1)', 'run'), code_cell('g(3)', 'run')]
+    nb, same = with_outputs_of(dict(cells=mine), dict(cells=executed))
+    assert [cell['outputs'] for cell in nb['cells']] == [['run'], []]
+    assert same == 1
+    assert [cell['outputs'] for cell in mine] == [['smoke'], ['smoke']], 'the notebook is left'
+
+
+def test_a_run_does_not_show_what_its_notebook_hides(links):
+    from convert import cells
+
+    run = next(page for page in links.pages.values() if page.is_run)
+    nb = dict(cells=[code_cell('#| hide\nsetup()'), code_cell('f(1)')])
+    assert [cell['source'] for cell in cells(nb, run, links)] == ['f(1)']
+
+
+def test_folded_cells_are_folded_and_keep_their_outputs(links):
+    from convert import cells
+
+    page = page_named(links, 'learners/maml')
+    output = dict(output_type='display_data', data={'text/plain': '1'}, metadata={})
+    summary = '#| code-fold: show\n#| code-summary: "Exported source"\n#| exports\n'
+    sources = ['#| code-fold: true\nplot()', 'plot()', f'{summary}def f(): ...']
+    nb = dict(cells=[code_cell(source, output) for source in sources])
+    folded, plain, exported = cells(nb, page, links)
+    assert folded['metadata']['tags'] == ['hide-input'] and folded['outputs'] == [output]
+    assert plain['metadata']['tags'] == [] and plain['outputs'] == [output]
+    assert exported['cell_type'] == 'markdown'
+    assert exported['source'].startswith('<details class="exported" open><summary>')
+
+
+def test_the_line_under_a_title_is_one():
+    "nbdev reads one physical line; the rest would be lost."
+    for path in (ROOT / 'nbs').rglob('*.ipynb'):
+        if '.ipynb_checkpoints' in path.parts:
+            continue
+        source = json.loads(path.read_text(encoding='utf-8'))['cells'][0]['source']
+        quote = ''.join(source).partition('\n> ')[2].partition('\n\n')[0]
+        assert quote and '\n' not in quote.strip(), path
 
 
 def test_what_a_terminal_shows_in_the_end():
     from convert import terminal
 
-    assert (
-        terminal('\r 10%|#  | 1/10\r100%|###| 10/10\ndone\n') == 'done'
-        and terminal('a\rb\n\x1b[31mred\x1b[0m\n[IPKernelApp] WARNING | x') == 'b\nred'
-    )
+    assert terminal('\r 10%|#  | 1/10\r100%|###| 10/10\ndone\n') == 'done'
+    assert terminal('a\rb\n\x1b[31mred\x1b[0m\n[IPKernelApp] WARNING | x') == 'b\nred'
+
+
+def test_a_listing_in_html_is_a_listing():
+    from convert import shown_html
+
+    listing = '<pre><code class="language-c">if (a &lt; b &amp;&amp; c)\n</code></pre>'
+    assert shown_html(listing) == {'text/markdown': '```c\nif (a < b && c)\n```'}
+    table = shown_html('<style>x</style><table border="1"><tr></tr></table>')
+    assert table == {'text/html': '<div class="table-wrapper"><table><tr></tr></table></div>'}
 
 
 def test_pictures_in_words():
-    from convert import alt_text
+    from figures import alt_text
 
-    assert (
-        alt_text(
-            "plt.xlabel('inner steps'); plt.ylabel('support loss')",
-            'Some text. The loss falls on *each* task, see [here](x.html):',
-            'H',
-        )
-        == 'support loss against inner steps. The loss falls on each task, see here'
-    )
-    assert (
-        alt_text('plot()', '', 'The **head**') == 'Figure: The head'
-        and alt_text('plot()', 'x', 'y', 'said in the cell') == 'said in the cell'
-    )
+    source = "plt.xlabel('inner steps'); plt.ylabel('support loss')"
+    before = 'Some text. The loss falls on *each* task, see [here](x.html):'
+    words = 'support loss against inner steps. The loss falls on each task, see here'
+    assert alt_text(source, before, 'H') == words
+    assert alt_text('plot()', '', 'The **head**') == 'Figure: The head'
+    assert alt_text('plot()', 'x', 'y', 'said in the cell') == 'said in the cell'
+
+
+def test_functions_that_draw_say_what(links):
+    from figures import alt_text, drawing
+
+    assert any(call.endswith('show') for call in drawing())
+    assert len(drawing()) >= 5, 'those of every wing'
+    call = next(call for call in drawing() if '.' not in call)
+    assert alt_text(f'{call}(x)', '', 'H') == f'{drawing()[call]}. H'
+
+
+# the pieces: names
 
 
 def test_an_argument_table_says_what_the_comments_say():
     from processing import rows, signature, table
     from fewshotmeta.learners.maml import MAML, Fast, task_losses
 
-    assert (
-        signature('task_losses', task_losses, False) == 'task_losses(logits, labels) -> Tensor'
-        and signature('f', lambda a, *, b=1: 0, True) == 'f(a, *, b=1)'
-    )
-    assert (
-        r'| **labels** | `Tensor` | (tasks, n), integers |' in table(rows(task_losses))
-        and r'`int \| None`' in table(rows(MAML))
-        and len(rows(Fast)) == 3
-    )
+    written = signature('task_losses', task_losses, False)
+    assert written == 'task_losses(logits, labels) -> Tensor'
+    assert signature('f', lambda a, *, b=1: 0, True) == 'f(a, *, b=1)'
+    assert r'| **labels** | `Tensor` | (tasks, n), integers |' in table(rows(task_losses))
+    assert r'`int \| None`' in table(rows(MAML))
+    assert len(rows(Fast)) == 3
+
+
+def test_a_class_lists_what_later_cells_give_it(monkeypatch):
+    import processing
+    from nbdev.showdoc import show_doc
+
+    class InCell:
+        def own(self):
+            "Do one thing."
+
+    class Whole(InCell):
+        def own(self):
+            "Do one thing."
+
+        def told(self):
+            "Do another."
+
+        @property
+        def size(self):
+            "How large it is."
+
+    def on_disk(f):
+        return Whole if f is InCell else f
+
+    monkeypatch.setattr(processing, 'on_disk', on_disk)
+    text = processing.members(InCell)
+    assert '{py:method} own()' in text and '{py:method} told' not in text
+    assert 'Told below: [`told`](#incell.told), [`size`](#incell.size).' in text
+    assert 'Told below' not in processing.members(Whole)
+    written = show_doc(Whole.size, renderer=processing.Documented, name='Whole.size')
+    assert written._repr_markdown_().startswith('::::::{py:property} Whole.size\n')
+    assert 'How large it is.' in written._repr_markdown_()
+
+
+class Patched:
+    "Something that a later cell gives a method."
+
+
+def test_a_decorated_method_has_its_class_s_name():
+    import processing
+    import torch
+    from fastcore.basics import patch
+    from nbdev.showdoc import show_doc
+
+    @patch
+    @torch.no_grad()
+    def predict(
+        self: Patched,
+        x: int,  # what is asked
+    ) -> int:
+        "Answer."
+        return x
+
+    written = show_doc(Patched.predict, renderer=processing.Documented)._repr_markdown_()
+    assert written.startswith('::::::{py:method} Patched.predict(x)'), written
+    assert '| **x** | `int` | what is asked |' in written
+
+
+def test_a_name_belongs_to_the_notebook_that_exports_it(monkeypatch):
+    "Two rooms may have one of the same name."
+    import processing
+    from execnb.nbio import dict2nb, mk_cell
+    from fewshotmeta.learners.maml import task_losses
+
+    nb = dict2nb(dict(cells=[mk_cell('1 + 1'), mk_cell('#| default_exp training.fit')]))
+    assert processing.home_of(nb) == 'fewshotmeta.training.fit'
+    assert processing.home_of(dict2nb(dict(cells=[]))) == ''
+    monkeypatch.setattr(processing.Documented, 'home', 'fewshotmeta.training.fit')
+    assert processing.module_of(run_beside) == 'fewshotmeta.training.fit'
+    assert processing.module_of(task_losses) == 'fewshotmeta.learners.maml'
+
+
+# the pieces: equations
 
 
 def test_equations():
     from mathml import mathml
 
-    assert (
-        'ℒ' in mathml(r'\mathcal L')
-        and re.search('<munder><mo [^>]*movablelimits="true"', mathml(r'\min_\theta x', True))
-        and mathml('a<b').count('&lt;') == 1
-    )
+    assert 'ℒ' in mathml(r'\mathcal L')
+    assert re.search('<munder><mo [^>]*movablelimits="true"', mathml(r'\min_\theta x', True))
+    assert mathml('a<b').count('&lt;') == 1
     aligned = mathml(r'\begin{aligned}a&=b\\ c&=d\end{aligned}', True)
-    assert (
-        aligned.count('<mtr>') == 2
-        and 'text-align: right' in aligned
-        and 'mathvariant' not in mathml(r'\mathbb E')
-    )
-    for tex, why in (
-        (r'\foo x', r"no \\foo"),
-        (r'\frac{1', 'unbalanced'),
-        (r'x_', 'cannot read|unbalanced'),
-    ):
-        with pytest.raises(ValueError, match=why):
-            mathml(tex)
+    assert aligned.count('<mtr>') == 2
+    assert 'text-align: right' in aligned
+    assert 'mathvariant' not in mathml(r'\mathbb E')
+
+
+@pytest.mark.parametrize(
+    'tex, why',
+    [(r'\foo x', r'no \\foo'), (r'\frac{1', 'unbalanced'), ('x_', 'cannot read|unbalanced')],
+)
+def test_a_bad_equation_is_an_error(tex, why):
+    from mathml import mathml
+
+    with pytest.raises(ValueError, match=why):
+        mathml(tex)
 
 
 def test_a_bad_equation_stops_the_build_and_says_where(tmp_path):
     (tmp_path / 'conf.py').write_text(
-        "extensions, html_math_renderer, myst_enable_extensions = ['myst_parser', 'mathml'], 'mathml', ['dollarmath']"
+        "extensions = ['myst_parser', 'mathml']\n"
+        "html_math_renderer = 'mathml'\n"
+        "myst_enable_extensions = ['dollarmath']\n"
     )
     (tmp_path / 'index.md').write_text('# T\n\nSee $\\fooo{x}$ here.\n')
     done = subprocess.run(
@@ -662,4 +928,5 @@ def test_a_bad_equation_stops_the_build_and_says_where(tmp_path):
         text=True,
         env=os.environ | dict(PYTHONPATH=str(SITE)),
     )
-    assert done.returncode and r'index: no \fooo in the equation' in done.stderr, done.stderr
+    assert done.returncode
+    assert r'index: no \fooo in the equation' in done.stderr, done.stderr

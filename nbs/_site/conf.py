@@ -1,94 +1,106 @@
 """Sphinx's configuration of the site; build.py calls it."""
 
-import json, sys
+import json
+import sys
 from html import escape
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pages import ROOT, settings
+from pages import ROOT, settings, site_address
 
-_s = settings()
-project, author, copyright, language = (
-    _s['title'],
-    _s['author'],
-    f'2026 onwards, {_s["author"]}',
-    'en',
-)
+_settings = settings()
+project = _settings['title']
+author = _settings['author']
+copyright = f'2026 onwards, {author}'
+language = 'en'
+
 extensions = ['myst_nb', 'sphinx.ext.linkcode', 'sphinx.ext.githubpages', 'mathml']
-html_theme, html_title, html_static_path, templates_path = (
-    'furo',
-    _s['title'],
-    ['static'],
-    ['templates'],
-)
-html_css_files, html_favicon, html_logo = ['site.css'], 'static/favicon.svg', 'static/favicon.svg'
-nb_code_prompt_show, nb_code_prompt_hide = 'Code', 'Code'
+suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type']
+
+# the look
+html_theme = 'furo'
+html_title = project
+html_baseurl = site_address()
+html_static_path = ['static']
+templates_path = ['templates']
+html_css_files = ['site.css']
+html_favicon = html_logo = 'static/favicon.svg'
 html_show_sourcelink = html_copy_source = html_use_index = False
 html_math_renderer = 'mathml'
-html_baseurl = f'{_s["doc_host"]}{_s["doc_baseurl"]}/'
-pygments_style, pygments_dark_style = 'a11y-high-contrast-light', 'github-dark'
-nb_execution_mode, nb_render_markdown_format, nb_merge_streams, nb_output_stderr = (
-    'off',
-    'myst',
-    True,
-    'show',
-)
+pygments_style = 'a11y-high-contrast-light'
+pygments_dark_style = 'github-dark'
+highlight_language = 'text'  # a block without a language is a command
+
+# notebooks: nothing is executed
+nb_execution_mode = 'off'
+nb_code_prompt_show = nb_code_prompt_hide = 'Code'
+nb_render_markdown_format = 'myst'
+nb_merge_streams = True
+nb_output_stderr = 'show'
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'attrs_block', 'attrs_inline']
 myst_all_links_external = True  # build.py has made every link relative to its page
 myst_dmath_double_inline = True
-suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type']
-add_module_names, highlight_language = False, 'text'  # a block without a language is a command
+
+# names
+add_module_names = False
 toc_object_entries_show_parents = 'hide'
 
 
 def about(app):
+    "Read what build.py knows of each page."
     return json.loads((ROOT / '_proc' / '_sphinx.json').read_text(encoding='utf-8'))
 
 
 def linkcode_resolve(domain, info):
-    "A name's source at the repository's home, as nbdev links it."
-    from nbdev.doclinks import NbdevLookup
+    "Give a name's source at the repository's home, as nbdev links it."
+    from nbdev.doclinks import NbdevLookup, _get_exps
 
-    lookup = NbdevLookup()
-    found = lookup[info['fullname']]
-    return (
-        lookup.code(info['fullname'])
-        if isinstance(found, tuple) and found[1] == info['module'].replace('.', '/') + '.py'
-        else None
-    )
+    found = NbdevLookup()[f'{info["module"]}.{info["fullname"]}']
+    if not isinstance(found, tuple):
+        return None
+    _, path, address = found
+    line = _get_exps(path).get(info['fullname'])
+    return f'{address}#L{line}' if line else address
+
+
+def size_classes(cell) -> list[str]:
+    "Say by a table cell's length whether it stays on one line, and whether it needs room."
+    length = len(cell.astext())
+    limits = dict(short=length <= 26, tiny=length <= 14, long=length > 60)
+    return [name for name, holds in limits.items() if holds]
 
 
 def anchors(app, doctree):
-    "nbdev's anchors: a name in small letters. Short cells of tables stay on one line. Runs are in no sidebar, and the search finds them by the list of runs."
+    """Give names nbdev's anchors, in small letters, and table cells their sizes.
+
+    Runs are in no sidebar, and the search finds them by the list of runs.
+    """
     from docutils.nodes import entry
     from sphinx.addnodes import desc_signature
 
     for cell in doctree.findall(entry):
-        n = len(cell.astext())
-        cell['classes'] += ['short'] * (n <= 26) + ['tiny'] * (n <= 14) + ['long'] * (n > 60)
-    for sig in doctree.findall(desc_signature):
-        if (name := sig.get('fullname', '').lower()) and name not in sig['ids']:
-            sig['ids'].append(name)
+        cell['classes'] += size_classes(cell)
+    for signature in doctree.findall(desc_signature):
+        name = signature.get('fullname', '').lower()
+        if name and name not in signature['ids']:
+            signature['ids'].append(name)
     if app.site.get(app.env.docname, {}).get('run'):
         app.env.metadata[app.env.docname] |= dict(orphan=True, nosearch=True)
 
 
 def context(app, pagename, templatename, context, doctree):
-    "What the templates know of a page."
+    "Tell the templates what they know of a page."
     page = app.site.get(pagename, {})
     context['page'] = page
-    if page.get('description'):
-        context['metatags'] = (
-            context.get('metatags', '')
-            + f'<meta name="description" content="{escape(page["description"])}">'
-        )
+    if words := page.get('description'):
+        tag = f'<meta name="description" content="{escape(words)}">'
+        context['metatags'] = context.get('metatags', '') + tag
 
 
 def outputs_folder(app):
-    "Pictures on their way from the notebooks to the site; MyST-NB would put them beside _docs."
-    app.env.mystnb_config = app.env.mystnb_config.copy(
-        output_folder=str(ROOT / '_proc' / '_outputs')
-    )
+    "Put pictures on their way from the notebooks where MyST-NB does not: not beside _docs."
+    folder = ROOT / '_proc' / '_outputs'
+    app.env.mystnb_config = app.env.mystnb_config.copy(output_folder=str(folder))
 
 
 def setup(app):

@@ -1,309 +1,227 @@
 """What nbdev's processing leaves (a notebook in Quarto's flavour), as a notebook for MyST-NB."""
 
-import ast, base64, functools, json, re
+import base64
+import copy
+import html
+import json
+import re
 from pathlib import Path
-import yaml
-from pages import ROOT, Page
+from figures import alt_text
+from pages import Page
+from prose import front_matter, headings, markdown, relinked, said
 
-CALLOUTS = dict(note='note', tip='tip', warning='warning', caution='caution', important='important')
 PROGRESS = re.compile(r'\d+%\|.*\|')  # a progress bar, however far it came
-FENCE = re.compile(r'^(\s*(?:```|~~~))')
+# a listing that says its language, as HTML
+LISTING = re.compile(
+    r'\s*<pre[^>]*>\s*<code class="language-(?P<language>\w+)">(?P<code>.*?)</code>\s*</pre>\s*',
+    re.S,
+)
 
 
-def outside_code(text: str, change) -> str:
-    "Markdown with what is no code passed through a function."
-    out, prose, fence = [], [], None
-
-    def flush():
-        if prose:
-            out.append(
-                ''.join(
-                    p if p.startswith('`') else change(p)
-                    for p in re.split(r'(`+[^`]+`+)', ''.join(prose))
-                )
-            )
-            prose.clear()
-
-    for line in text.splitlines(keepends=True):
-        mark = FENCE.match(line)
-        if fence is None and not mark:
-            prose.append(line)
-            continue
-        flush()
-        out.append(line)
-        if mark:
-            fence = None if fence == mark[1].strip() else fence or mark[1].strip()
-    flush()
-    return ''.join(out)
-
-
-def relinked(text: str, page: Page, links) -> str:
-    "Markdown whose links lead to pages of the site."
-    return outside_code(
-        text, lambda t: re.sub(r'\]\(([^)\s]+)\)', lambda m: f']({links(m[1], page)})', t)
-    )
-
-
-def front_matter(text: str) -> dict:
-    "The YAML between two lines of dashes."
-    found = re.match(r'---\n(.*?)\n---', text.strip(), re.S)
-    return yaml.safe_load(found[1]) if found else {}
-
-
-def callouts(text: str) -> str:
-    "Quarto's callouts as admonitions."
-
-    def opened(m):
-        kind, title = CALLOUTS.get(m[2], 'note'), re.search(r'title="([^"]*)"', m[3])
-        return f'{m[1]}{{admonition}} {title[1]}\n:class: {kind}' if title else f'{m[1]}{{{kind}}}'
-
-    return re.sub(r'^(:{3,})\s*\{\.callout-(\w+)([^}]*)\}\s*$', opened, text, flags=re.M)
-
-
-def markdown(text: str, page: Page, links) -> str:
-    "A Markdown cell."
-    text = outside_code(text, lambda t: re.sub(r'<!--.*?-->', '', t, flags=re.S))
-    return relinked(callouts(text), page, links)
-
-
-def directives(source: str) -> tuple[dict, str]:
-    "The `#|` lines at the beginning of a cell, and the rest."
-    found, lines = {}, source.splitlines()
-    while lines and (m := re.match(r'\s*#\|\s*([\w-]+)\s*:?\s*(.*)', lines[0])):
-        found[m[1]] = m[2].strip(' "\'')
-        lines.pop(0)
-    return found, '\n'.join(lines).strip('\n')
-
-
-def terminal(text: str) -> str:
-    "What a terminal shows in the end: a carriage return starts the line again. Progress bars and the kernel's remarks are not kept."
-    lines = [
-        re.sub(r'\x1b\[[0-9;]*[A-Za-z]', '', line.rstrip('\r').split('\r')[-1])
-        for line in text.split('\n')
-    ]
-    return '\n'.join(
-        line for line in lines if not PROGRESS.search(line) and '[IPKernelApp]' not in line
-    ).strip('\n')
+# outputs
 
 
 def joined(value):
     return ''.join(value) if isinstance(value, list) else value
 
 
+def terminal(text: str) -> str:
+    """Show what a terminal shows in the end.
+
+    A carriage return starts the line again; progress bars and the kernel's remarks are not kept.
+    """
+    lines = [line.rstrip('\r').split('\r')[-1] for line in text.split('\n')]
+    lines = [re.sub(r'\x1b\[[0-9;]*[A-Za-z]', '', line) for line in lines]
+    kept = [n for n in lines if not PROGRESS.search(n) and '[IPKernelApp]' not in n]
+    return '\n'.join(kept).strip('\n')
+
+
+def shown_html(text: str) -> dict:
+    "Show an output in HTML: a listing is highlighted as code, all else stands in a box."
+    if listing := LISTING.fullmatch(text):
+        code = html.unescape(listing['code']).strip('\n')
+        return {'text/markdown': f'```{listing["language"]}\n{code}\n```'}
+    text = re.sub(r'<style.*?</style>', '', text, flags=re.S)
+    text = text.replace(' border="1"', '').replace(' style="text-align: right;"', '')
+    return {'text/html': f'<div class="table-wrapper">{text}</div>'}
+
+
+def shown_data(data: dict, page: Page, links) -> dict:
+    "Choose what the site shows of an output's forms: a text, a table, a picture."
+    data = {k: joined(v) for k, v in data.items() if not k.startswith('application/')}
+    if 'text/markdown' in data:
+        return {'text/markdown': relinked(data['text/markdown'], page, links)}
+    if 'text/html' in data:
+        return shown_html(data['text/html'])
+    if 'image/png' in data:
+        return {'image/png': data['image/png']}
+    return data
+
+
 def outputs(cell, page: Page, links) -> list[dict]:
-    "A cell's outputs: streams joined and settled, links led on, tables in a box that scrolls."
+    "Convert a cell's outputs: streams joined and settled, links led on, tables in boxes."
     out = []
-    for o in cell.get('outputs', []):
-        o = json.loads(json.dumps(o))
-        if o['output_type'] == 'stream':
-            text = joined(o['text'])
-            if out and out[-1]['output_type'] == 'stream' and out[-1]['name'] == o['name']:
-                out[-1]['text'] += text
-            else:
-                out.append(o | dict(text=text))
-            continue
-        data = {
-            k: joined(v) for k, v in o.get('data', {}).items() if not k.startswith('application/')
-        }
-        if 'text/markdown' in data:
-            data = {'text/markdown': relinked(data['text/markdown'], page, links)}
-        if 'text/html' in data:
-            data = {'text/html': html_table(data['text/html'])}
-        if 'image/png' in data:
-            data = {'image/png': data['image/png']}
-        out.append(o | (dict(data=data) if 'data' in o else {}))
-    for o in out:
-        if o['output_type'] == 'stream':
-            o['text'] = terminal(o['text'])
+    for output in copy.deepcopy(cell.get('outputs', [])):
+        if 'data' in output:
+            output['data'] = shown_data(output['data'], page, links)
+        elif output['output_type'] == 'stream':
+            output['text'] = joined(output['text'])
+            if out and out[-1].get('name') == output['name']:
+                out[-1]['text'] += output['text']
+                continue
+        out.append(output)
+    for output in out:
+        if output['output_type'] == 'stream':
+            output['text'] = terminal(output['text'])
     return [o for o in out if o['output_type'] != 'stream' or o['text'].strip()]
 
 
-def html_table(html: str) -> str:
-    "A DataFrame without its own style, in a box."
-    html = (
-        re.sub(r'<style.*?</style>', '', html, flags=re.S)
-        .replace(' border="1"', '')
-        .replace(' style="text-align: right;"', '')
-    )
-    return f'<div class="table-wrapper">{html}</div>'
-
-
-def said(text: str) -> str:
-    "Markdown as plain words."
-    text = re.sub(r'!?\[([^\]]*)\]\([^)]*\)', r'\1', text)
-    return ' '.join(re.sub(r'[`*\\{}]|^[>#]+\s*', '', text, flags=re.M).split())
-
-
-@functools.cache
-def drawing() -> dict:
-    "What the package's functions that draw say they do, by name; methods with the name that cells give such an object."
-    out = {}
-    for path in (ROOT / 'fewshotmeta').glob('*.py'):
-        tree = ast.parse(path.read_text(encoding='utf-8'))
-        inside = {
-            f: rf'(?:{c.name.lower()}|result)\.'
-            if c.name == 'Evaluation'
-            else c.name.lower() + r'\.'
-            for c in ast.walk(tree)
-            if isinstance(c, ast.ClassDef)
-            for f in c.body
-        }
-        for f in (f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)):
-            if (doc := ast.get_docstring(f) or '').startswith('Draw '):
-                out[inside.get(f, '') + f.name] = said(
-                    doc.removeprefix('Draw ').split('. ')[0]
-                ).rstrip('.')
-    return out
-
-
-def leading_sentence(before: str) -> str:
-    "The sentence that leads to a picture: the last one before it if that ends in a colon, or the first of its paragraph."
-    blocks = [
-        b
-        for b in re.split(r'\n\s*\n', re.sub(r'(?s)```.*?```|\$\$.*?\$\$', '', before))
-        if b.strip() and not b.lstrip().startswith(('|', '#', '- '))
-    ]
-    sentences = re.split(r'(?<=[.:?!])\s+(?=[A-Z*`])', said(blocks[-1])) if blocks else []
-    chosen = sentences[-1 if sentences[-1].endswith(':') else 0].rstrip(':') if sentences else ''
-    return '' if '$' in chosen else chosen
-
-
-def alt_text(source: str, before: str, heading: str, directive: str = '') -> str:
-    "What a picture shows, in words: what its cell says (`#| fig-alt: …`), or its axes or the function that draws it, and the sentence that leads to it."
-    if directive:
-        return directive
-
-    def label(axis):
-        return next(
-            iter(re.findall(rf'{axis}label[=(]\s*[\'"]([^\'"{{}}]+)[\'"]', source)), ''
-        ).replace('\\n', ' ')
-
-    axes = ' against '.join(filter(None, (label('y'), label('x'))))
-    drawn = next((doc for name, doc in drawing().items() if re.search(rf'\b{name}\(', source)), '')
-    words = [
-        axes or drawn or f'Figure: {said(heading)}',
-        leading_sentence(before) or (f'{said(heading)}' if axes or drawn else ''),
-    ]
-    text = '. '.join(w.rstrip('.') for w in words if w)
-    return text if len(text) <= 300 else text[:300].rpartition(' ')[0] + ' …'
-
-
 def width(output) -> int:
-    "Of a PNG, in pixels of the page."
+    "Measure a PNG, in pixels of the page."
     png = base64.b64decode(output['data']['image/png'][:64])
-    return output.get('metadata', {}).get('image/png', {}).get('width') or int.from_bytes(
-        png[16:20], 'big'
-    )
+    told = output.get('metadata', {}).get('image/png', {}).get('width')
+    return told or int.from_bytes(png[16:20], 'big')
 
 
-def code(cell, page: Page, links, before='', heading='') -> dict:
-    "A code cell."
-    found, source = directives(joined(cell['source']))
-    shown = outputs(cell, page, links)
-    images = [o for o in shown if 'image/png' in o.get('data', {})]
-    meta = dict(tags=[t for t in cell['metadata'].get('tags', []) if 'parameters' in t])
-    if found.get('echo') == 'false' or not source:
-        meta['tags'].append('remove-input')
-    elif page.section == 'Reports':
-        meta['tags'].append('hide-input')  # who reads a report wants its tables
-    if images:
-        meta['mystnb'] = dict(
-            image=dict(alt=alt_text(source, before, heading, found.get('fig-alt', '')))
-            | (dict(classes='wide') if max(map(width, images)) > 600 else {})
-            | (dict(width=f'{max(map(width, images)) + 16}px') if images[0].get('metadata') else {})
-        )  # drawn for a sharp screen, with more pixels than its width; 16: the padding
-    return dict(
-        cell_type='code',
-        id=cell.get('id', ''),
-        metadata=meta,
-        execution_count=None,
-        source=source,
-        outputs=shown,
-    )
+# cells
 
 
-def exported(source: str) -> dict:
-    "The source of what a documentation block above it describes."
-    return text_cell(
-        f'<details class="exported" open><summary>Exported source</summary>\n\n```python\n{source}\n```\n\n</details>'
-    )
+def directives(source: str) -> tuple[dict, str]:
+    "Split a cell into the `#|` lines at its beginning and the rest."
+    found, lines = {}, source.splitlines()
+    while lines and (line := re.match(r'\s*#\|\s*([\w-]+)\s*:?\s*(.*)', lines[0])):
+        found[line[1]] = line[2].strip(' "\'')
+        lines.pop(0)
+    return found, '\n'.join(lines).strip('\n')
 
 
 def text_cell(text: str) -> dict:
     return dict(cell_type='markdown', metadata={}, source=text)
 
 
-def headings(text: str, last: str) -> str:
-    "The last heading of a Markdown cell, or the one before it."
-    return (re.findall(r'^#+\s+(.+)$', re.sub(r'(?s)```.*?```', '', text), re.M) or [last])[-1]
+def titled(title: str, lead: str) -> dict:
+    "Write the title and the line under it."
+    return text_cell(f'# {title}\n\n' + (f'{{.lead}}\n{lead}\n' if lead else ''))
+
+
+def exported(source: str, folded: bool) -> dict:
+    "Show the source of what a documentation block above it describes."
+    state = '' if folded else ' open'
+    return text_cell(
+        f'<details class="exported"{state}><summary>Exported source</summary>\n\n'
+        f'```python\n{source}\n```\n\n</details>'
+    )
+
+
+def documented(cell, page: Page, links) -> list[dict]:
+    "Turn what `show_doc` gave into text."
+    forms = [output.get('data', {}) for output in cell['outputs']]
+    texts = [joined(form['text/markdown']) for form in forms if 'text/markdown' in form]
+    return [text_cell(relinked(text, page, links)) for text in texts]
+
+
+def folding(found: dict, source: str, page: Page) -> list[str]:
+    "Say by MyST-NB's tags whether a cell's code is seen, one click away, or not at all."
+    if found.get('echo') == 'false' or not source:
+        return ['remove-input']
+    # who reads a report wants its tables
+    folded = found.get('code-fold') == 'true' or page.section == 'Reports'
+    return ['hide-input'] if folded else []
+
+
+def picture(images: list[dict], alt: str) -> dict:
+    "Tell MyST-NB how a cell's pictures are shown."
+    widest = max(map(width, images))
+    out = dict(alt=alt)
+    if widest > 600:
+        out['classes'] = 'wide'
+    if images[0].get('metadata'):
+        # drawn for a sharp screen, with more pixels than its width; 16: the padding
+        out['width'] = f'{widest + 16}px'
+    return dict(image=out)
+
+
+def code(cell, page: Page, links, before='', heading='') -> dict:
+    "Convert a code cell; `before` is the text that leads to it, under `heading`."
+    found, source = directives(joined(cell['source']))
+    outs = outputs(cell, page, links)
+    tags = [tag for tag in cell['metadata'].get('tags', []) if 'parameters' in tag]
+    meta = dict(tags=tags + folding(found, source, page))
+    if images := [o for o in outs if 'image/png' in o.get('data', {})]:
+        alt = alt_text(source, before, heading, found.get('fig-alt', ''))
+        meta['mystnb'] = picture(images, alt)
+    return dict(
+        cell_type='code',
+        id=cell.get('id', ''),
+        metadata=meta,
+        execution_count=None,
+        source=source,
+        outputs=outs,
+    )
+
+
+def is_hidden(cell) -> bool:
+    "Say whether a reader does not see a cell: nbdev hides those of nbs/ before, a run has its own."
+    source = joined(cell['source'])
+    empty = not source.strip() and not cell.get('outputs')
+    return cell['cell_type'] == 'raw' or 'hide' in directives(source)[0] or empty
 
 
 def cells(nb, page: Page, links) -> list[dict]:
-    "All cells but the title."
+    "Convert all cells but the title."
     out, before, heading = [], '', ''
     for cell in nb['cells']:
+        if is_hidden(cell):
+            continue
         source = joined(cell['source'])
         found, rest = directives(source)
-        if (
-            cell['cell_type'] == 'raw'
-            or 'hide' in found
-            or not source.strip()
-            and not cell.get('outputs')
-        ):
-            continue  # nbdev hides those of nbs/ before; a run has its own
         if cell['cell_type'] == 'markdown':
-            if (text := markdown(source, page, links)).strip():
-                out.append(text_cell(text))
+            text = markdown(source, page, links)
+            out += [text_cell(text)] if text.strip() else []
             before, heading = source, headings(source, heading)
         elif rest.startswith('show_doc('):
-            out += [
-                text_cell(relinked(joined(d), page, links))
-                for o in cell['outputs']
-                if (d := o.get('data', {}).get('text/markdown'))
-            ]
-        elif 'code-fold' in found:
-            out.append(exported(rest))
+            out += documented(cell, page, links)
+        elif found.get('code-summary') == 'Exported source':
+            out.append(exported(rest, found['code-fold'] == 'true'))
         else:
             out.append(code(cell, page, links, before, heading))
     return out
 
 
-def titled(title: str, lead: str) -> dict:
-    "Title and the line under it."
-    return text_cell(f'# {title}\n\n' + (f'{{.lead}}\n{lead}\n' if lead else ''))
+# notebooks
 
 
-def same_code(a, b):
-    "Whether two cells compute the same: a notebook's magics, say for its figures, are no part of that."
-
-    def bare(cell):
-        return re.sub(r'^%.*\n?', '', directives(joined(cell['source']))[1], flags=re.M).strip()
-
-    return bare(a) == bare(b)
+def bare(cell) -> str:
+    "Strip a cell of directives and magics, say for its figures: they compute nothing."
+    source = directives(joined(cell['source']))[1]
+    return re.sub(r'^%.*\n?', '', source, flags=re.M).strip()
 
 
 def with_outputs_of(nb, run) -> tuple[dict, int]:
-    "An experiment with the outputs of an executed run instead of its own, where the code is the same; and at how many cells it is."
-    code_cells, same = [c for c in run['cells'] if c['cell_type'] == 'code'], 0
+    """Give an experiment the outputs of an executed run, where the code is the same.
+
+    Returns a new notebook, and at how many cells the code is the same.
+    """
+    nb, same = copy.deepcopy(nb), 0
+    executed = {}
+    for cell in run['cells']:
+        if cell['cell_type'] == 'code':
+            executed.setdefault(bare(cell), cell['outputs'])
     for cell in nb['cells']:
-        if cell['cell_type'] != 'code':
-            continue
-        match = next((c for c in code_cells if same_code(c, cell)), None)
-        cell['outputs'] = match['outputs'] if match else []
-        same += match is not None
+        if cell['cell_type'] == 'code':
+            source = bare(cell)
+            cell['outputs'] = executed.get(source, [])
+            same += source in executed
     return nb, same
 
 
-def notebook(cells) -> dict:
-    "A notebook of these cells, with ids of its own."
-    for i, c in enumerate(cells):
-        c['id'] = f'cell-{i}'
+def notebook(made: list[dict]) -> dict:
+    "Make a notebook of these cells, with ids of its own."
+    kernel = dict(display_name='Python 3', language='python', name='python3')
+    language = dict(name='python', pygments_lexer='python3')
     return dict(
-        cells=cells,
-        metadata=dict(
-            kernelspec=dict(display_name='Python 3', language='python', name='python3'),
-            language_info=dict(name='python', pygments_lexer='python3'),
-        ),
+        cells=[cell | dict(id=f'cell-{i}') for i, cell in enumerate(made)],
+        metadata=dict(kernelspec=kernel, language_info=language),
         nbformat=4,
         nbformat_minor=5,
     )
@@ -313,15 +231,9 @@ def read(path) -> dict:
     return json.loads(Path(path).read_text(encoding='utf-8'))
 
 
-def lead_of(nb, page, links) -> tuple[str, str, str]:
-    "Title, the line under it as Markdown, and the same in words."
-    matter = next(
-        (
-            m
-            for c in nb['cells']
-            if c['cell_type'] == 'raw' and (m := front_matter(joined(c['source'])))
-        ),
-        {},
-    )
+def lead_of(nb, page: Page, links) -> tuple[str, str, str]:
+    "Give the title, the line under it as Markdown, and the same in words."
+    raw = (joined(cell['source']) for cell in nb['cells'] if cell['cell_type'] == 'raw')
+    matter = next(filter(None, map(front_matter, raw)), {})
     lead = str(matter.get('description', ''))
     return str(matter.get('title', page.name)), markdown(lead, page, links), said(lead)

@@ -1,6 +1,11 @@
-"""TeX to MathML when the site is built: latex2mathml's result, corrected where browsers' MathML (Core) or TeX's spacing differ."""
+"""TeX to MathML when the site is built.
 
-import html, re, unicodedata
+It is latex2mathml's result, corrected where browsers' MathML (Core) or TeX's spacing differ.
+"""
+
+import html
+import re
+import unicodedata
 from xml.etree import ElementTree as ET
 from latex2mathml.converter import convert_to_element
 
@@ -11,6 +16,22 @@ LETTERS = {
     'fraktur': 'FRAKTUR',
 }
 LIMITS = {'min', 'max', 'sup', 'inf', 'lim'}  # take what stands below them, below
+OPENING = {
+    '(',
+    '[',
+    '{',
+    '⟨',
+    ',',
+    '=',
+    '<',
+    '>',
+    '←',
+    '→',
+    '∝',
+    '/',
+}  # what follows is no operand's
+CLOSING = {')', ']', '}', '⟩'}
+SYMBOLS = {'′', '∞', '∂', '∇', '…', '⋯'}  # no operators, whatever Unicode says
 FUNCTIONS = {'log', 'ln', 'exp', 'sin', 'cos', 'tan', 'tanh', 'dim', 'det', 'ker', 'gcd', 'deg'}
 FENCES = '⟨⟩‖|'
 REWRITTEN = (
@@ -20,141 +41,166 @@ REWRITTEN = (
 
 
 def mathml(tex: str, block: bool = False) -> str:
-    "The equation as MathML. Raises `ValueError` for TeX that it does not understand."
+    "Write an equation as MathML. Raises `ValueError` for TeX that it does not understand."
     source = tex.strip()
-    if (depth := re.sub(r'\\[{}\\]', '', source)).count('{') != depth.count('}'):
+    depth = re.sub(r'\\[{}\\]', '', source)
+    if depth.count('{') != depth.count('}'):
         raise ValueError(f'unbalanced braces in the equation {source!r}')
-    for pattern, new in REWRITTEN:
-        source = re.sub(pattern, new, source)
-    try:
-        root = convert_to_element(source, display='block' if block else 'inline')
-    except Exception as e:
+    root = _parsed(source, 'block' if block else 'inline')
+    for element in root.iter():
+        element.text = html.unescape(element.text) if element.text else None
+    for element in root.iter():
+        _letter(element)
+        _operator(element)
+        _space(element)
+        _table(element)
+    for element in root.iter():
+        _arrange(element)
+    unknown = [element.text for element in root.iter() if '\\' in (element.text or '')]
+    if unknown:
         raise ValueError(
-            f'latex2mathml cannot read the equation {tex.strip()!r}: {type(e).__name__}'
-        ) from e
-    for e in root.iter():
-        e.text = html.unescape(e.text) if e.text else None
-    for e in root.iter():
-        _letter(e)
-        _operator(e)
-        _table(e)
-    for e in root.iter():
-        _arrange(e)
-    if unknown := next((e.text for e in root.iter() if e.text and '\\' in e.text), None):
-        raise ValueError(
-            f'no {unknown} in the equation {tex.strip()!r}: latex2mathml does not know this command'
+            f'no {unknown[0]} in the equation {source!r}: latex2mathml does not know this command'
         )
     return ET.tostring(root, encoding='unicode')
 
 
+def _parsed(source: str, display: str):
+    "Let latex2mathml read an equation."
+    rewritten = source
+    for pattern, new in REWRITTEN:
+        rewritten = re.sub(pattern, new, rewritten)
+    try:
+        return convert_to_element(rewritten, display=display)
+    except Exception as e:
+        kind = type(e).__name__
+        raise ValueError(f'latex2mathml cannot read the equation {source!r}: {kind}') from e
+
+
 def _arrange(parent):
-    "What children mean to each other."
-    for before, e, after in zip([None, *parent], parent, [*parent[1:], None]):
-        if e.tag in ('msub', 'munder') and len(e) and e[0].tag == 'mo' and e[0].text in LIMITS:
-            e.tag = 'munder'
-            e[0].set('movablelimits', 'true')
-        _beside(before, e, after)
+    "Settle what children mean to each other."
+    for before, element, after in zip([None, *parent], parent, [*parent[1:], None]):
+        if element.tag in ('msub', 'munder') and len(element):
+            named = element[0]
+            if named.tag == 'mo' and named.text in LIMITS:
+                element.tag = 'munder'
+                named.set('movablelimits', 'true')
+        _beside(before, element, after)
 
 
-def _beside(before, e, after):
-    "What an operator's neighbours say about its space: a sign is no difference, a function stands close to its bracket."
-    opened = (
-        before is None
-        or before.tag == 'mo'
-        and before.text in ('(', '[', '{', '⟨', ',', '=', '<', '>', '←', '→', '∝', '/')
-    )
-    closed = after is not None and after.tag == 'mo' and after.text in (')', ']', '}', '⟩')
-    if e.tag == 'mo' and e.text in ('−', '+', '±') and opened:
-        e.set('form', 'prefix')
-    if e.tag == 'mo' and e.text in ('·', '∗') and before is not None and opened and closed:
-        e.set('lspace', '0')
-        e.set('rspace', '0')
-    if e.tag == 'mi' and e.text in FUNCTIONS:
-        e.tag = 'mo'
-        e.set('lspace', '0' if opened else '0.17em')
-        e.set('rspace', '0' if after is not None and after.text in ('(', '[') else '0.17em')
+def _beside(before, element, after):
+    """Take from an operator's neighbours how much space it has.
+
+    A sign is no difference, and a function stands close to its bracket.
+    """
+    opened = before is None or before.tag == 'mo' and before.text in OPENING
+    closed = after is not None and after.tag == 'mo' and after.text in CLOSING
+    text = element.text
+    if element.tag == 'mo' and text in ('−', '+', '±') and opened:
+        element.set('form', 'prefix')
+    if element.tag == 'mo' and text in ('·', '∗') and before is not None and opened and closed:
+        _spaced(element, '0', '0')
+    if element.tag == 'mi' and text in FUNCTIONS:
+        bracket = after is not None and after.text in ('(', '[')
+        left = '0' if opened else '0.17em'
+        right = '0' if bracket else '0.17em'
+        element.tag = 'mo'
+        _spaced(element, left, right)
 
 
-def _letter(e):
-    "Browsers know the letters of an alphabet, not the attribute that asks for it; capital Greek letters stand upright, as in TeX."
-    variant = e.attrib.pop('mathvariant', None)
-    if variant == 'normal' or e.tag == 'mi' and re.fullmatch('[Α-Ω]', e.text or ''):
-        e.set('mathvariant', 'normal')
-    elif variant in LETTERS and e.text:
-        e.text = ''.join(_styled(c, LETTERS[variant]) for c in e.text)
+def _spaced(element, left: str, right: str):
+    element.set('lspace', left)
+    element.set('rspace', right)
 
 
-def _styled(c, style):
-    "ℒ for L."
-    kind = 'CAPITAL' if c.isupper() else 'SMALL'
-    for name in (f'MATHEMATICAL {style} {kind} {c.upper()}', f'{style} {kind} {c.upper()}'):
+def _letter(element):
+    """Write the letters of an alphabet: browsers know them, not the attribute that asks for it.
+
+    Capital Greek letters stand upright, as in TeX.
+    """
+    variant = element.attrib.pop('mathvariant', None)
+    text = element.text or ''
+    if variant == 'normal' or element.tag == 'mi' and re.fullmatch('[Α-Ω]', text):
+        element.set('mathvariant', 'normal')
+    elif variant in LETTERS and text:
+        element.text = ''.join(_styled(letter, LETTERS[variant]) for letter in text)
+
+
+def _styled(letter: str, style: str) -> str:
+    "Find ℒ for L."
+    kind = 'CAPITAL' if letter.isupper() else 'SMALL'
+    name = f'{style} {kind} {letter.upper()}'
+    for full in (f'MATHEMATICAL {name}', name):
         try:
-            return unicodedata.lookup(name)
+            return unicodedata.lookup(full)
         except KeyError:
             pass
-    return c
+    return letter
 
 
-def _operator(e):
-    "Operators are operators, named ones have a thin space, fences none."
-    text = e.text or ''
-    if (
-        e.tag == 'mi'
-        and text
-        and not text.isalnum()
-        and text not in ('′', '∞', '∂', '∇', '…', '⋯')
-        and unicodedata.category(text[0])[0] in 'SP'
-    ):
-        e.tag = 'mo'
-    if e.tag in ('mi', 'mo') and text == '*':
-        e.tag, e.text = 'mo', '∗'
-    if e.tag == 'mo' and text and text in '/()[]' + FENCES:
-        e.set('lspace', '0')
-        e.set('rspace', '0')
-    if e.tag == 'mo' and text and text in FENCES:
-        e.set('stretchy', 'true' if e.get('minsize') else 'false')
-    if e.tag == 'mo' and text.isalpha() and len(text) > 1:
-        e.set('lspace', '0.12em')
-        e.set('rspace', '0.12em' if text in LIMITS or text == 'arg' else '0')
-    if e.tag == 'mover' and len(e) > 1 and e[1].text == '¯':
-        e.set('accent', 'true')
-        e[1].set('stretchy', 'false')
-    if e.tag == 'mtext':
-        e.text = text.replace(' ', '\u00a0')
-    if e.tag in ('mi', 'mo') and set(text) == {'′'}:
-        e.set('class', 'prime')
+def _is_sign(text: str) -> bool:
+    "Say whether a text is a symbol or punctuation that operates on something."
+    if not text or text.isalnum() or text in SYMBOLS:
+        return False
+    return unicodedata.category(text[0])[0] in 'SP'
 
 
-def _table(e):
-    "Columns are aligned by style; MathML Core has no attribute for it."
-    if e.tag == 'mtd' and (side := e.attrib.pop('columnalign', None)):
-        e.set('style', f'text-align: {side}')
-    if e.tag == 'mtable':
+def _operator(element):
+    "Make operators operators."
+    text = element.text or ''
+    if element.tag == 'mi' and _is_sign(text):
+        element.tag = 'mo'
+    if element.tag in ('mi', 'mo') and text == '*':
+        element.tag, element.text = 'mo', '∗'
+    if element.tag == 'mover' and len(element) > 1 and element[1].text == '¯':
+        element.set('accent', 'true')
+        element[1].set('stretchy', 'false')
+    if element.tag == 'mtext':
+        element.text = text.replace(' ', '\u00a0')
+    if element.tag in ('mi', 'mo') and set(text) == {'′'}:
+        element.set('class', 'prime')
+
+
+def _space(element):
+    "Give named operators a thin space, and fences none."
+    text = element.text or ''
+    if element.tag != 'mo' or not text:
+        return
+    if text in '/()[]' + FENCES:
+        _spaced(element, '0', '0')
+    if text in FENCES:
+        element.set('stretchy', 'true' if element.get('minsize') else 'false')
+    if text.isalpha() and len(text) > 1:
+        _spaced(element, '0.12em', '0.12em' if text in LIMITS or text == 'arg' else '0')
+
+
+def _table(element):
+    "Align columns by style; MathML Core has no attribute for it."
+    if element.tag == 'mtd' and (side := element.attrib.pop('columnalign', None)):
+        element.set('style', f'text-align: {side}')
+    if element.tag == 'mtable':
         for name in ('columnspacing', 'rowspacing', 'columnalign'):
-            e.attrib.pop(name, None)
-        e.set('displaystyle', 'true')
+            element.attrib.pop(name, None)
+        element.set('displaystyle', 'true')
 
 
 def setup(app):
-    "The renderer for Sphinx: an equation that cannot be drawn stops the build, with its page."
+    "Give Sphinx the renderer: an equation that cannot be drawn stops the build, with its page."
+    from docutils.nodes import SkipNode
     from sphinx.errors import ExtensionError
 
-    def drawn(self, node, block):
+    def drawn(translator, node, block):
         try:
             return mathml(node.astext(), block)
         except ValueError as e:
-            raise ExtensionError(f'{self.builder.current_docname}: {e}') from e
+            raise ExtensionError(f'{translator.builder.current_docname}: {e}') from e
 
-    def inline(self, node):
-        from docutils.nodes import SkipNode
-
-        self.body.append(drawn(self, node, False))
+    def inline(translator, node):
+        translator.body.append(drawn(translator, node, False))
         raise SkipNode
 
-    def block(self, node):
-        from docutils.nodes import SkipNode
-
-        self.body.append(f'<div class="equation" tabindex="0">{drawn(self, node, True)}</div>\n')
+    def block(translator, node):
+        equation = drawn(translator, node, True)
+        translator.body.append(f'<div class="equation" tabindex="0">{equation}</div>\n')
         raise SkipNode
 
     app.add_html_math_renderer('mathml', (inline, None), (block, None))

@@ -1,12 +1,17 @@
-"""Which notebooks are pages, where a reader finds them, and where a link of a notebook leads in the site."""
+"""Which notebooks are pages, where a reader finds them, and where a link leads in the site."""
 
-import fnmatch, os, re
+import fnmatch
+import os
+import re
+import shutil
+import subprocess
 from configparser import ConfigParser
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_PAGE = {'99_all'}  # re-exports the other rooms: nothing to read
+CARRIED = {'.json', '.csv', '.ipynb', '.png'}  # what the site carries of a run
 
 # A reader's order: the wings are sections; MAML is the first page of its own.
 # A name outranks a pattern, so that a new room appears among its neighbours without a word here.
@@ -55,9 +60,8 @@ class Page:
 
     @property
     def folder(self):
-        return (
-            'nbs/experiments' if self.is_run else self.source.rpartition('/')[0]
-        )  # that its links are relative to
+        "The folder that its links are relative to: a run was executed where its experiment stands."
+        return 'nbs/experiments' if self.is_run else self.source.rpartition('/')[0]
 
     @property
     def up(self):
@@ -65,112 +69,142 @@ class Page:
 
 
 def settings():
-    "settings.ini, nbdev's one configuration."
+    "Read settings.ini, nbdev's one configuration."
     config = ConfigParser(interpolation=None)
     config.read(ROOT / 'settings.ini', encoding='utf-8')
     return config['DEFAULT']
 
 
+def site_address() -> str:
+    "Read where the site will stand; nbdev's links begin with it."
+    read = settings()
+    return f'{read["doc_host"]}{read["doc_baseurl"]}/'
+
+
 def page_name(path: str) -> str:
-    "The name that nbdev's links give a notebook: 10_maml.ipynb is maml.html."
+    "Name a notebook's page as nbdev's links do: learners/10_maml.ipynb is learners/maml.html."
     folder, _, name = path.removesuffix('.ipynb').lower().rpartition('/')
     return f'{folder}/'.lstrip('/') + re.sub(r'^\d+[a-z0-9]*_', '', name)
 
 
+def last_name(path: str) -> str:
+    "Name a page without its folder."
+    return page_name(path).rpartition('/')[2]
+
+
+def is_room(path: str) -> bool:
+    "Say whether a path names a notebook that is a module, too: it begins with a number."
+    return re.search(r'/\d\w*\.ipynb$', path) is not None
+
+
+def is_shown(path: Path) -> bool:
+    "Say whether no part of a path is hidden."
+    return not any(part.startswith(('.', '_')) for part in path.parts)
+
+
 def notebooks() -> list[str]:
-    "The notebooks of nbs/, without suffix."
+    "List the notebooks of nbs/, without suffix."
     found = (p.relative_to(ROOT / 'nbs') for p in (ROOT / 'nbs').rglob('*.ipynb'))
-    return sorted(
-        p.with_suffix('').as_posix()
-        for p in found
-        if not any(part[0] in '._' for part in p.parts) and p.stem not in NO_PAGE
-    )
+    kept = (p for p in found if is_shown(p) and p.stem not in NO_PAGE)
+    return sorted(p.with_suffix('').as_posix() for p in kept)
+
+
+def matching(names: set, pattern: str, claimed: set) -> list[str]:
+    "List the names that an entry of SECTIONS takes: itself, or its pattern's that no entry names."
+    if '*' in pattern:
+        return sorted(fnmatch.filter(names - claimed, pattern))
+    return [pattern] if pattern in names else []
 
 
 def in_order(names) -> dict[str, list[str]]:
-    "Section → notebooks, in reading order."
-    left, claimed = (
-        set(names),
-        {p for patterns in SECTIONS.values() for p in patterns if '*' not in p},
-    )
-    out = {}
+    "Sort notebooks into sections, in reading order."
+    entries = (entry for section in SECTIONS.values() for entry in section)
+    claimed = {entry for entry in entries if '*' not in entry}
+    left, out = set(names), {}
     for section, patterns in SECTIONS.items():
-        found = [
-            n
-            for p in patterns
-            for n in (sorted(fnmatch.filter(left - claimed, p)) if '*' in p else {p} & left)
-        ]
-        out[section] = list(dict.fromkeys(found))
-        left -= set(found)
-    return {k: v for k, v in out.items() if v}
+        out[section] = []
+        for pattern in patterns:
+            taken = matching(left, pattern, claimed)
+            out[section] += taken
+            left -= set(taken)
+    return {section: found for section, found in out.items() if found}
+
+
+def committed(folder: str) -> list[str] | None:
+    "List the files that git tracks under a folder; None where there is no git to ask."
+    if not (ROOT / '.git').exists() or not shutil.which('git'):
+        return None
+    command = ['git', '-C', str(ROOT), 'ls-files', '-z', '--', folder]
+    asked = subprocess.run(command, capture_output=True, text=True)
+    if asked.returncode:
+        raise RuntimeError(f'git does not say what is committed in {folder}/: {asked.stderr}')
+    return [name for name in asked.stdout.split('\0') if name]
+
+
+def run_files() -> list[Path]:
+    """List the files of executed runs, from the repository's root.
+
+    The site shows what is committed: what a user has run beside that changes no page. A downloaded
+    archive has no git that could tell the two apart, so every run counts there. Smoke runs show
+    that an experiment works, not what it gives: they are no results.
+    """
+    names = committed('runs')
+    if names is None:
+        found = [p.relative_to(ROOT) for p in (ROOT / 'runs').rglob('*')]
+    else:
+        found = [Path(name) for name in names]
+    kept = (p for p in found if is_shown(p) and '_smoke' not in p.parent.name)
+    return sorted(p for p in kept if (ROOT / p).is_file())
 
 
 def run_folders() -> list[Path]:
-    "Folders of executed runs; smoke runs are no results."
-    return sorted(
-        p.parent
-        for p in (ROOT / 'runs').glob('*/*/notebook.ipynb')
-        if '_smoke' not in p.parent.name and (p.parent / 'result.json').exists()
-    )
+    "List the folders of executed runs: each with a notebook and a result."
+    files = set(run_files())
+    folders = [p.parent for p in files if p.name == 'notebook.ipynb' and len(p.parts) == 4]
+    return sorted(ROOT / folder for folder in folders if folder / 'result.json' in files)
 
 
 def pages() -> dict[str, Page]:
-    "Source → page, in reading order; the runs at the end."
-    out = [
-        Page(f'nbs/{n}.ipynb', page_name(n), section)
-        for section, names in in_order(notebooks()).items()
-        for n in names
-    ]
-    out += [
-        Page(
-            (f / 'notebook.ipynb').relative_to(ROOT).as_posix(), f.relative_to(ROOT).as_posix(), ''
-        )
-        for f in run_folders()
-    ]
-    return {p.source: p for p in out}
+    "Map each source to its page, in reading order, with the runs at the end."
+    out = []
+    for section, names in in_order(notebooks()).items():
+        out += [Page(f'nbs/{name}.ipynb', page_name(name), section) for name in names]
+    for folder in run_folders():
+        name = folder.relative_to(ROOT).as_posix()
+        out.append(Page(f'{name}/notebook.ipynb', name, ''))
+    return {page.source: page for page in out}
 
 
-def shipped() -> list[str]:
-    "Files that the site carries as they are: the notebooks, the experiments' lists of runs, and what runs left."
-    folders = [f.relative_to(ROOT) for f in run_folders()]
-    runs = [
-        f / p.name
-        for f in folders
-        for p in (ROOT / f).iterdir()
-        if p.suffix in ('.json', '.csv', '.ipynb', '.png') and not p.name.startswith('.')
-    ]
-    other = [
-        p.relative_to(ROOT)
-        for pattern in (
-            'nbs/experiments/*.yaml',
-            'runs/speed/*/*.json',
-            'runs/speed/*/*.png',
-            'runs/*/*.json',
-        )
-        for p in ROOT.glob(pattern)
-    ]
-    return sorted({p.as_posix() for p in runs + other} | {f'nbs/{n}.ipynb' for n in notebooks()})
+def shipped() -> set[str]:
+    "List what the site carries as it is: notebooks, the experiments' lists of runs, runs' files."
+    lists = (p.relative_to(ROOT) for p in (ROOT / 'nbs' / 'experiments').glob('*.yaml'))
+    runs = (p for p in run_files() if p.suffix in CARRIED)
+    out = {path.as_posix() for path in (*lists, *runs)}
+    return out | {f'nbs/{name}.ipynb' for name in notebooks()}
 
 
 class Links:
     "Where links lead: from a notebook's point of view to the site's."
 
     def __init__(self):
-        s = settings()
-        self.pages, self.files = pages(), set(shipped())
-        self.site = f'{s["doc_host"]}{s["doc_baseurl"]}/'
-        self.git, self.branch = s['git_url'], s['branch']
+        read = settings()
+        self.pages = pages()
+        self.files = shipped()
+        self.site = site_address()
+        self.git = read['git_url']
+        self.branch = read['branch']
 
     def __call__(self, link: str, page: Page) -> str:
-        "The address, relative to the page. Raises `ValueError` where nothing is there."
+        "Give the address, relative to the page. Raises `ValueError` where nothing is there."
         if link.startswith(self.site):
-            return page.up + re.sub(
-                r'#(.*\.)?_.*', '', link.removeprefix(self.site)
-            )  # a private name has no place on its page
+            # a private name has no place on its page
+            return page.up + re.sub(r'#(.*\.)?_.*', '', link.removeprefix(self.site))
         if re.match(r'[a-z]+:|#|//', link) or not link:
             return link
         url, mark, fragment = link.partition('#')
         path = os.path.normpath(f'{page.folder}/{url}').replace(os.sep, '/')
+        if page.is_run:
+            path = self.moved(path)
         if path in self.pages:
             return f'{page.up}{self.pages[path].name}.html{mark}{fragment}'
         if path in self.files:
@@ -181,10 +215,20 @@ class Links:
             )
         return self.at_home(path)
 
-    def at_home(self, path: str, verb='blob'):
-        "A file's address at the repository's home."
+    def moved(self, path: str) -> str:
+        "Find by its name a room that an executed run linked to and that has moved since."
+        if (ROOT / path).exists() or not is_room(path):
+            return path
+        name = last_name(path)
+        rooms = (source for source in self.pages if is_room(source))
+        found = [source for source in rooms if last_name(source) == name]
+        return found[0] if len(found) == 1 else path
+
+    def at_home(self, path: str, verb: str = 'blob') -> str:
+        "Give a file's address at the repository's home."
         return f'{self.git}/{verb}/{self.branch}/{path}'
 
-    def colab(self, path: str):
-        "The address at which Colab opens a notebook."
-        return f'https://colab.research.google.com/github/{self.git.removeprefix("https://github.com/")}/blob/{self.branch}/{path}'
+    def colab(self, path: str) -> str:
+        "Give the address at which Colab opens a notebook."
+        repository = self.git.removeprefix('https://github.com/')
+        return f'https://colab.research.google.com/github/{repository}/blob/{self.branch}/{path}'

@@ -1,182 +1,242 @@
-"""nbdev's own processing, with the documentation of a name written as MyST: signature, a table of arguments, methods."""
+"""nbdev's own processing, with what documents a name written as MyST.
 
-import ast, importlib, inspect, re
+That is its signature, a table of its arguments and, of a class, its methods.
+"""
+
+import ast
+import importlib
+import inspect
+import re
 import nbdev.showdoc
 from fastcore.docments import docments
 from nbdev.processors import FilterDefaults, add_show_docs, insert_warning, mv_exports
 from nbdev.showdoc import BasicMarkdownRenderer
 
+PACKAGE = 'fewshotmeta'
+LONGEST = 40  # letters of a default value
+
 
 def plain(text: str) -> str:
-    "A comment as Markdown: what is no code in backticks means what it says."
+    "Write a comment as Markdown: what is no code in backticks means what it says."
     parts = re.split(r'(`[^`]+`)', text)
-    return ''.join(
-        p if p.startswith('`') else re.sub(r'([*_\[\]<>$|\\{}])', r'\\\1', p) for p in parts
-    )
+    escaped = (p if p.startswith('`') else re.sub(r'([*_\[\]<>$|\\{}])', r'\\\1', p) for p in parts)
+    return ''.join(escaped)
 
 
-def type_name(anno) -> str:
-    "An annotation as one writes it."
-    if (
-        anno is inspect.Parameter.empty
-        or anno is None
-        or anno is type(None)
-        or isinstance(anno, inspect._ParameterKind)
-    ):
+# signatures
+
+
+def is_no_type(annotation) -> bool:
+    "Say whether an annotation names no type."
+    empty = (inspect.Parameter.empty, None, type(None))
+    return any(annotation is e for e in empty) or isinstance(annotation, inspect._ParameterKind)
+
+
+def type_name(annotation) -> str:
+    "Write an annotation as one does by hand."
+    if is_no_type(annotation):
         return ''
-    if anno is type(print):
+    if annotation is type(print):
         return 'function'
-    text = (
-        anno
-        if isinstance(anno, str)
-        else anno.__name__
-        if isinstance(anno, type) and not hasattr(anno, '__args__')
-        else str(anno)
-    )
+    if isinstance(annotation, str):
+        text = annotation
+    elif isinstance(annotation, type) and not hasattr(annotation, '__args__'):
+        text = annotation.__name__
+    else:
+        text = str(annotation)
     return re.sub(r'\b(?:[A-Za-z_]\w*\.)+(?=\w)', '', text)
 
 
 def value_name(value) -> str:
-    "A default value as one writes it; an ellipsis where that is no expression."
-    text = value.__name__ if inspect.isroutine(value) or isinstance(value, type) else repr(value)
+    "Write a default value as one does by hand; an ellipsis where that is no expression."
+    named = inspect.isroutine(value) or isinstance(value, type)
+    text = value.__name__ if named else repr(value)
     try:
         ast.parse(text, mode='eval')
     except SyntaxError:
         return '...'
-    return text if len(text) < 40 else '...'
+    return text if len(text) < LONGEST else '...'
 
 
-def parameters(f):
-    "The parameters of a function or class, without self."
-    try:
-        found = inspect.signature(f, eval_str=True)
-    except Exception:
+def signature_of(f) -> inspect.Signature:
+    "Read a signature; that of nothing where Python has none."
+    for evaluated in (True, False):
         try:
-            found = inspect.signature(f)
-        except (ValueError, TypeError):
-            return [], inspect.Parameter.empty
-    return [
-        p for p in found.parameters.values() if p.name not in ('self', 'cls')
-    ], found.return_annotation
+            return inspect.signature(f, eval_str=evaluated)
+        except Exception:  # whatever an annotation raises when it is evaluated
+            pass
+    return inspect.Signature()
 
 
-def shown(p, types: bool) -> str:
-    "A parameter in a signature."
-    stars = {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '')
-    anno = f': {type_name(p.annotation)}' if types and type_name(p.annotation) else ''
-    return f'{stars}{p.name}{anno}' + (
-        '' if p.default is p.empty else f'{" = " if anno else "="}{value_name(p.default)}'
-    )
+def shown(parameter, types: bool) -> str:
+    "Write a parameter as it stands in a signature."
+    stars = {parameter.VAR_POSITIONAL: '*', parameter.VAR_KEYWORD: '**'}.get(parameter.kind, '')
+    named = type_name(parameter.annotation) if types else ''
+    text = stars + parameter.name + (f': {named}' if named else '')
+    if parameter.default is parameter.empty:
+        return text
+    return f'{text}{" = " if named else "="}{value_name(parameter.default)}'
 
 
-def signature(name, f, types: bool) -> str:
-    "One line: `name(a, *, b=1) -> list`."
-    found, returns = parameters(f)
+def signature(name: str, f, types: bool) -> str:
+    "Write a signature in one line: `name(a, *, b=1) -> list`."
+    read = signature_of(f)
+    found = [p for p in read.parameters.values() if p.name not in ('self', 'cls')]
     parts = [shown(p, types) for p in found]
-    alone = next((i for i, p in enumerate(found) if p.kind is p.KEYWORD_ONLY), None)
-    if alone is not None and not any(p.kind is p.VAR_POSITIONAL for p in found):
-        parts.insert(alone, '*')
-    return f'{name}({", ".join(parts)})' + (
-        f' -> {type_name(returns)}' if type_name(returns) and not inspect.isclass(f) else ''
-    )
+    kinds = [p.kind for p in found]
+    if inspect.Parameter.KEYWORD_ONLY in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        parts.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), '*')
+    returned = '' if inspect.isclass(f) else type_name(read.return_annotation)
+    return f'{name}({", ".join(parts)})' + (f' -> {returned}' if returned else '')
+
+
+# arguments
+
+
+def module_of(symbol) -> str:
+    "Name the module that defines a symbol, also where a notebook has it from a cell of its own."
+    own = getattr(symbol, '__module__', None) or ''
+    return own if own.startswith(PACKAGE) else Documented.home
 
 
 def on_disk(f):
-    "A class as its module defines it: the fields' comments stand in a file, not in a notebook's memory."
-    if not inspect.isclass(f) or not isinstance(
-        found := nbdev.showdoc.NbdevLookup()[f.__name__], tuple
-    ):
+    """Find a class as its module defines it.
+
+    The fields' comments stand in a file, not in a notebook's memory, and there it has the methods
+    that later cells give it.
+    """
+    module = module_of(f)
+    if not inspect.isclass(f) or not module:
         return f
-    return getattr(
-        importlib.import_module(found[1].removesuffix('.py').replace('/', '.')), f.__name__, f
-    )
+    return getattr(importlib.import_module(module), f.__name__, f)
 
 
-def rows(f):
-    "Name, type and comment of each argument that has any, and of what is returned; nothing if no comment is among them."
+def rows(f) -> list[tuple[str, str, str]]:
+    """List name, type and comment of each argument that has any, and of what is returned.
+
+    Where no argument has a comment, the signature says it all: the list is empty.
+    """
     try:
         found = docments(on_disk(f), full=True)
-    except Exception:
+    except Exception:  # docments reads source, of which there may be none
         return []
-    kept = [(k, v) for k, v in found.items() if k not in ('self', 'return')]
-    if isinstance(f, type) is False and found.get('return', {}).get('docment'):
-        kept.append(('returns', found['return']))
-    said = [(k, type_name(v.get('anno')), v.get('docment') or '') for k, v in kept]
-    return [r for r in said if r[1] or r[2]] if any(r[2] for r in said) else []
+    kept = {name: told for name, told in found.items() if name not in ('self', 'return')}
+    returned = found.get('return', {})
+    if not isinstance(f, type) and returned.get('docment'):
+        kept['returns'] = returned
+    out = [(k, type_name(v.get('anno')), v.get('docment') or '') for k, v in kept.items()]
+    commented = any(comment for _, _, comment in out)
+    return [row for row in out if row[1] or row[2]] if commented else []
+
+
+def type_code(name: str) -> str:
+    return '`' + name.replace('|', r'\|') + '`' if name else ''
 
 
 def table(rows) -> str:
-    "The table of arguments."
+    "Write the table of arguments, with a column of types where there are any."
     if not rows:
         return ''
-    typed = any(t for _, t, _ in rows)
+    typed = any(type_name for _, type_name, _ in rows)
+    lines = [['argument', 'type', 'meaning'], ['---'] * 3]
+    for name, type_name, comment in rows:
+        name = '*returns*' if name == 'returns' else f'**{plain(name)}**'
+        lines.append([name, type_code(type_name), ' '.join(plain(comment).split())])
+    if not typed:
+        lines = [[name, comment] for name, _, comment in lines]
+    return '{.arguments}\n' + ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
-    def line(cells):
-        return '| ' + ' | '.join(cells) + ' |\n'
 
-    def code(t):
-        return '`' + t.replace('|', r'\|') + '`' if t else ''
-
-    body = ''.join(
-        line(
-            [
-                f'*{k}*' if k == 'returns' else f'**{plain(k)}**',
-                *([code(t)] if typed else []),
-                ' '.join(plain(d).split()),
-            ]
-        )
-        for k, t, d in rows
-    )
-    head = ['argument', *(['type'] if typed else []), 'meaning']
-    return '{.arguments}\n' + line(head) + line(['---'] * len(head)) + body
+# blocks
 
 
 def block(kind, name, f, doc, inner='', fence=':::', module='') -> str:
-    "A directive of Sphinx's Python domain."
+    "Write a directive of Sphinx's Python domain."
     found = rows(f)
     head = name if kind == 'property' else signature(name, f, types=not found)
     options = f':module: {module}\n' if module else ''
-    return f'{fence}{{py:{kind}}} {head}\n{options}\n{plain(doc)}\n\n{table(found)}\n{inner}\n{fence}\n'
+    parts = [
+        f'{fence}{{py:{kind}}} {head}\n{options}',
+        plain(doc or ''),
+        table(found),
+        inner,
+        fence,
+    ]
+    return '\n'.join(parts[:2]) + '\n\n' + '\n'.join(parts[2:]) + '\n'
+
+
+def function_of(value):
+    "Find the function inside a property, class method or static method."
+    if isinstance(value, property):
+        return value.fget
+    return value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+
+
+def described(cls) -> dict:
+    "Map the public methods and properties that a class defines and describes itself."
+    out = {}
+    for name, value in vars(cls).items():
+        f = function_of(value)
+        if not name.startswith('_') and inspect.isfunction(f) and f.__doc__:
+            out[name] = value
+    return out
 
 
 def members(cls) -> str:
-    "The methods and properties that a class defines and describes itself."
-    out = []
-    for name, value in vars(cls).items():
-        f = (
-            value.fget
-            if isinstance(value, property)
-            else value.__func__
-            if isinstance(value, (classmethod, staticmethod))
-            else value
-        )
-        if name.startswith('_') or not inspect.isfunction(f) or not f.__doc__:
-            continue
-        out.append(
-            block(
-                'property' if isinstance(value, property) else 'method', name, f, inspect.getdoc(f)
-            )
-        )
+    "Write what a class's own cell defines, and list what later cells give it by `@patch`."
+    own, out = described(cls), []
+    for name, value in own.items():
+        kind = 'property' if isinstance(value, property) else 'method'
+        f = function_of(value)
+        out.append(block(kind, name, f, inspect.getdoc(f)))
+    later = [name for name in described(on_disk(cls)) if name not in own]
+    if later:
+        links = [f'[`{name}`](#{cls.__name__.lower()}.{name.lower()})' for name in later]
+        out.append(f'Told below: {", ".join(links)}.\n')
     return '\n'.join(out)
+
+
+def kind_of(symbol, name: str) -> str:
+    "Name the directive that describes a symbol."
+    if inspect.isclass(symbol):
+        return 'class'
+    if isinstance(symbol, property):
+        return 'property'
+    return 'method' if '.' in name else 'function'
 
 
 class Documented(BasicMarkdownRenderer):
     "What `show_doc` shows in the site."
 
+    home = ''  # the module that the notebook at work exports
+
+    def __init__(self, sym, name=None, **options):
+        # before it is unwrapped: a decorated method given by `@patch` has its class's name outside
+        name = name or getattr(function_of(sym), '__qualname__', None)
+        super().__init__(sym, name=name, **options)
+        self.kind = kind_of(sym, self.nm)
+
     def _repr_markdown_(self):
-        found = nbdev.showdoc.NbdevLookup()[self.fn]
-        module = found[1].removesuffix('.py').replace('/', '.') if isinstance(found, tuple) else ''
-        is_class = inspect.isclass(self.sym)
-        kind = 'class' if is_class else 'method' if '.' in self.nm else 'function'
-        return block(
-            kind,
-            self.nm,
-            self.sym,
-            self.docs,
-            members(self.sym) if is_class else '',
-            fence='::::::',
-            module=module,
-        )
+        inner = members(self.sym) if self.kind == 'class' else ''
+        module = module_of(self.sym)
+        return block(self.kind, self.nm, self.sym, self.docs, inner, fence='::::::', module=module)
+
+
+# processors
+
+
+def home_of(nb) -> str:
+    "Name the module that a notebook exports; '' where it exports none."
+    found = (re.search(r'^#\|\s*default_exp\s+(\S+)', cell.source, re.M) for cell in nb.cells)
+    names = [PACKAGE + '.' + match[1] for match in found if match]
+    return names[0] if names else ''
+
+
+def documented_after(cells, i: int) -> int:
+    "Count on from a cell over the blocks that document names: the first cell that is none."
+    while i < len(cells) and getattr(cells[i], 'has_sd', False):
+        i += 1
+    return i
 
 
 class shown_in_order(add_show_docs):
@@ -186,9 +246,7 @@ class shown_in_order(add_show_docs):
         super().begin()
         cells, i = self.nb.cells, 0
         while i < len(cells):
-            j = i
-            while j < len(cells) and getattr(cells[j], 'has_sd', False):
-                j += 1
+            j = documented_after(cells, i)
             cells[i:j] = cells[i:j][::-1]
             i = max(j, i + 1)
 
@@ -199,12 +257,9 @@ class source_after_docs(mv_exports):
     def begin(self):
         cells = self.nb.cells
         for i in reversed(range(len(cells))):
-            if cells[i].cell_type != 'code' or 'exports' not in cells[i].directives_:
-                continue
-            j = i + 1
-            while j < len(cells) and getattr(cells[j], 'has_sd', False):
-                j += 1
-            cells.insert(j - 1, cells.pop(i))
+            if cells[i].cell_type == 'code' and 'exports' in cells[i].directives_:
+                j = documented_after(cells, i + 1)
+                cells.insert(j - 1, cells.pop(i))
 
 
 class SiteFilter(FilterDefaults):
@@ -216,4 +271,5 @@ class SiteFilter(FilterDefaults):
 
     def __call__(self, nb):
         nbdev.showdoc.BasicMarkdownRenderer = Documented
+        Documented.home = home_of(nb)
         return super().__call__(nb)

@@ -1,33 +1,45 @@
-"""Pages of executed runs: what was asked, what came out, and the notebook as it was executed; and the list of all."""
+"""Pages of executed runs: what was asked, what came out, the notebook; and the list of all."""
 
-import ast, json, re
+import ast
+import copy
+import json
+import re
 from convert import cells, joined, notebook, read, text_cell, titled
-from pages import Page, ROOT
+from pages import ROOT, Page
 
 LIST = 'runs/index'
+LEAD = (
+    'Every run behind a number of this site: its parameters, its result and the notebook '
+    'as it was executed.'
+)
+SINGLE = (
+    'Single runs, in no batch file; [the report on Omniglot](../reports/omniglot.html) says what '
+    'they are for.'
+)
 
 
 def parameters(nb, tag='parameters') -> dict:
-    "The parameters in a notebook's cell with this tag: its own, or those that papermill put in."
+    "Read the parameters in a notebook's cell with this tag: its own, or those papermill put in."
     cell = next((c for c in nb['cells'] if tag in c['metadata'].get('tags', [])), None)
     lines = ast.parse(joined(cell['source'])).body if cell else []
     return {n.targets[0].id: ast.literal_eval(n.value) for n in lines if isinstance(n, ast.Assign)}
 
 
-def value(v):
+def value(v) -> str:
     return f'`{json.dumps(v, ensure_ascii=False)}`'
 
 
-def result_of(page: Page):
+def result_of(page: Page) -> dict:
     return read(ROOT / page.source.replace('notebook.ipynb', 'result.json'))
 
 
 def accuracy(result) -> str:
-    "The headline number of a run."
-    m = result['metrics'].get('test_accuracy')
-    if not m:
+    "Write the headline number of a run."
+    found = result['metrics'].get('test_accuracy')
+    if not found:
         return ''
-    return f'{100 * m["mean"]:.2f}' + (f' ± {100 * m["ci95"]:.2f}' if m['ci95'] is not None else '')
+    interval = '' if found['ci95'] is None else f' ± {100 * found["ci95"]:.2f}'
+    return f'{100 * found["mean"]:.2f}{interval}'
 
 
 def duration(seconds) -> str:
@@ -35,137 +47,136 @@ def duration(seconds) -> str:
 
 
 def table(head, rows) -> str:
-    return '\n'.join(
-        '| ' + ' | '.join(map(str, r)) + ' |' for r in [head, ['---'] * len(head), *rows]
-    )
+    lines = [head, ['---'] * len(head), *rows]
+    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
+
+
+def parameter_table(params: dict) -> str:
+    return table(('parameter', 'value'), [(f'`{k}`', value(v)) for k, v in params.items()])
 
 
 def experiment_of(result, links) -> Page | None:
-    "The page of the experiment that a run executed."
+    "Find the page of the experiment that a run executed."
     return links.pages.get(f'nbs/experiments/{result.get("notebook")}')
 
 
-def facts(page: Page, result, asked, links) -> str:
-    "The head of a run's page."
+def experiment_link(page: Page, result, links) -> str:
     experiment = experiment_of(result, links)
-    what = (
-        f'[{result["notebook"]}]({page.up}{experiment.name}.html)'
-        if experiment
-        else f'`{result.get("notebook")}`'
-    )
-    rows = [
-        ('experiment', what),
-        ('scale', result['scale']),
-        ('seed', result['params'].get('seed', '–')),
-        *(
-            [
-                (
-                    'test accuracy, %',
-                    f'{accuracy(result)} ({result["metrics"]["test_accuracy"]["n"]} tasks)',
-                )
-            ]
-            if accuracy(result)
-            else []
-        ),
-        (
-            'test tasks',
-            f'digest `{result["episodes_digest"]}`' if result.get('episodes_digest') else '–',
-        ),
-        ('machine', result['device']),
-        ('time', duration(result['seconds'])),
-        ('finished', result['finished'][:10]),
-        (
-            'commit',
-            f'[`{result["commit"][:7]}`]({links.git}/commit/{result["commit"]})'
-            + (', with uncommitted changes' if result.get('dirty') else '')
-            if result.get('commit')
-            else '–',
-        ),
-        ('versions', ', '.join(f'{k} {v}' for k, v in result['versions'].items())),
-    ]
+    if experiment:
+        return f'[{result["notebook"]}]({page.up}{experiment.name}.html)'
+    return f'`{result.get("notebook")}`'
+
+
+def commit_link(result, links) -> str:
+    if not result.get('commit'):
+        return '–'
+    link = f'[`{result["commit"][:7]}`]({links.git}/commit/{result["commit"]})'
+    return link + (', with uncommitted changes' if result.get('dirty') else '')
+
+
+def facts(page: Page, result, links) -> str:
+    "Write the head of a run's page: the experiment, the number, the machine, the code."
+    tasks = f'digest `{result["episodes_digest"]}`' if result.get('episodes_digest') else '–'
+    rows = {
+        'experiment': experiment_link(page, result, links),
+        'scale': result['scale'],
+        'seed': result['params'].get('seed', '–'),
+    }
+    if number := accuracy(result):
+        n_tasks = result['metrics']['test_accuracy']['n']
+        rows['test accuracy, %'] = f'{number} ({n_tasks} tasks)'
+    rows |= {
+        'test tasks': tasks,
+        'machine': result['device'],
+        'time': duration(result['seconds']),
+        'finished': result['finished'][:10],
+        'commit': commit_link(result, links),
+        'versions': ', '.join(f'{k} {v}' for k, v in result['versions'].items()),
+    }
+    return table(('this run', ''), rows.items())
+
+
+def asked_and_others(result, asked: dict) -> str:
+    "Write the parameters: those that were asked for, and the others behind a click."
     rest = {k: v for k, v in result['params'].items() if k not in asked}
-    parts = [
-        table(('this run', ''), rows),
-        '## Parameters\n\nAsked for:\n\n'
-        + table(('parameter', 'value'), [(f'`{k}`', value(v)) for k, v in asked.items()])
-        if asked
-        else '## Parameters\n\nNone was asked for: the notebook\'s own.',
+    if asked:
+        told = f'Asked for:\n\n{parameter_table(asked)}'
+    else:
+        told = "None was asked for: the notebook's own."
+    return (
+        f'## Parameters\n\n{told}\n\n'
         '<details class="more"><summary>All the others, at their defaults</summary>\n\n'
-        + table(('parameter', 'value'), [(f'`{k}`', value(v)) for k, v in rest.items()])
-        + '\n\n</details>',
-    ]
-    return '\n\n'.join(parts)
+        f'{parameter_table(rest)}\n\n</details>'
+    )
+
+
+def described(result, links) -> str:
+    "Say in a sentence what a run is."
+    experiment = experiment_of(result, links)
+    name = result.get('notebook')
+    if experiment:
+        name = name.removesuffix('.ipynb')
+    number = accuracy(result)
+    ending = f': test accuracy {number} %.' if number else '.'
+    return f'An executed run of {name} for {result["experiment"]}, scale {result["scale"]}{ending}'
+
+
+def is_told_above(cell) -> bool:
+    "Say whether a run's page has a cell's contents at its head: parameters, title."
+    injected = 'injected-parameters' in cell['metadata'].get('tags', [])
+    return injected or cell['cell_type'] == 'markdown' and joined(cell['source']).startswith('# ')
 
 
 def run_page(page: Page, links) -> tuple[dict, dict]:
-    "The notebook of a run's page, and what the site should know of it."
+    "Make the notebook of a run's page, and what the site should know of it."
     nb, result = read(ROOT / page.source), result_of(page)
     asked = parameters(nb, 'injected-parameters')
-    experiment = experiment_of(result, links)
-    name = (
-        experiment.source.rpartition('/')[2].removesuffix('.ipynb')
-        if experiment
-        else result.get('notebook')
-    )
-    folder = page.source.removesuffix('notebook.ipynb')
-    words = (
-        f'An executed run of {name} for {result["experiment"]}, scale {result["scale"]}'
-        + (f': test accuracy {accuracy(result)} %' if accuracy(result) else '')
-        + '.'
-    )
-    body = [
-        c
-        for c in nb['cells']
-        if 'injected-parameters' not in c['metadata'].get('tags', [])
-        and not (c['cell_type'] == 'markdown' and joined(c['source']).startswith('# '))
-    ]
+    words = described(result, links)
+    body = [cell for cell in nb['cells'] if not is_told_above(cell)]
     made = [
         titled(f'`{result["run"]}`', words),
-        text_cell(facts(page, result, asked, links)),
+        text_cell(facts(page, result, links)),
+        text_cell(asked_and_others(result, asked)),
         text_cell('## The notebook, as it was executed'),
         *deeper(cells(dict(cells=body), page, links)),
     ]
-    files = {n: folder + n for n in ('result.json', 'metrics.csv') if folder + n in links.files}
+    folder = page.source.removesuffix('notebook.ipynb')
+    names = ('result.json', 'metrics.csv')
+    files = {name: folder + name for name in names if folder + name in links.files}
     return notebook(made), dict(description=words, files=files)
 
 
-def deeper(made):
-    "Headings one level down, under the page's own."
-    for c in made:
-        if c['cell_type'] == 'markdown':
-            c['source'] = re.sub(r'^(#{1,5}) ', r'#\1 ', c['source'], flags=re.M)
+def deeper(made: list[dict]) -> list[dict]:
+    "Put headings one level down, under the page's own."
+    made = copy.deepcopy(made)
+    for cell in made:
+        if cell['cell_type'] == 'markdown':
+            cell['source'] = re.sub(r'^(#{1,5}) ', r'#\1 ', cell['source'], flags=re.M)
     return made
 
 
+def list_row(page: Page, result) -> tuple:
+    return (
+        f'[{result["run"]}]({page.name.removeprefix("runs/")}.html)',
+        result['notebook'].removesuffix('.ipynb'),
+        result['scale'],
+        accuracy(result),
+        duration(result['seconds']),
+    )
+
+
 def run_list(links) -> str:
-    "Every run, by table and name."
+    "List every run, by table and name."
     groups = {}
-    for page in filter(lambda p: p.is_run, links.pages.values()):
-        result = result_of(page)
-        groups.setdefault(result['experiment'], []).append((page, result))
-    parts = [
-        '# Executed runs\n\n{.lead}\nEvery run behind a number of this site: its parameters, its result and the notebook as it was executed.\n'
-    ]
-    for name, found in sorted(groups.items()):
-        yaml = f'nbs/experiments/{name}.yaml'
-        origin = (
-            f'Listed in [{name}.yaml](../{yaml}).\n\n'
-            if yaml in links.files
-            else 'Single runs, in no batch file; [the report on Omniglot](../reports/omniglot.html) says what they are for.\n\n'
-        )
-        rows = [
-            (
-                f'[{r["run"]}]({p.name.removeprefix("runs/")}.html)',
-                r['notebook'].removesuffix('.ipynb'),
-                r['scale'],
-                accuracy(r),
-                duration(r['seconds']),
-            )
-            for p, r in found
-        ]
-        parts.append(
-            f'## {name}\n\n{origin}'
-            + table(('run', 'experiment', 'scale', 'test accuracy, %', 'time'), rows)
-            + '\n'
-        )
+    for page in links.pages.values():
+        if page.is_run:
+            result = result_of(page)
+            groups.setdefault(result['experiment'], []).append(list_row(page, result))
+    parts = [f'# Executed runs\n\n{{.lead}}\n{LEAD}\n']
+    head = ('run', 'experiment', 'scale', 'test accuracy, %', 'time')
+    for name, rows in sorted(groups.items()):
+        batch = f'nbs/experiments/{name}.yaml'
+        listed = f'Listed in [{name}.yaml](../{batch}).'
+        origin = listed if batch in links.files else SINGLE
+        parts.append(f'## {name}\n\n{origin}\n\n{table(head, rows)}\n')
     return '\n'.join(parts)

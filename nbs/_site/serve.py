@@ -1,6 +1,9 @@
-"""The site while one writes: served from this machine, made again when a notebook is saved, shown anew by the browser."""
+"""The site while one writes: served from here, made again when a notebook is saved, shown anew."""
 
-import sys, threading, time, traceback
+import sys
+import threading
+import time
+import traceback
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from build import DOCS, HERE, ROOT, build
@@ -18,7 +21,7 @@ class Handler(SimpleHTTPRequestHandler):
     made = '0'
 
     def log_message(self, *args):
-        pass
+        "Stay silent."
 
     def do_GET(self):
         if self.path == '/__made':
@@ -32,75 +35,71 @@ class Handler(SimpleHTTPRequestHandler):
                 page = f.read()
         except OSError:
             return self.send_error(404)
-        self.answer(
-            page.replace(b'</body>', RELOAD.encode() + b'</body>'), 'text/html; charset=utf-8'
-        )
+        page = page.replace(b'</body>', RELOAD.encode() + b'</body>')
+        self.answer(page, 'text/html; charset=utf-8')
 
-    def answer(self, body, kind):
+    def answer(self, body: bytes, kind: str):
+        "Send a body that no browser keeps."
         self.send_response(200)
-        for k, v in (
-            ('Content-Type', kind),
-            ('Content-Length', str(len(body))),
-            ('Cache-Control', 'no-store'),
-        ):
-            self.send_header(k, v)
+        self.send_header('Content-Type', kind)
+        self.send_header('Content-Length', str(len(body)))
+        self.send_header('Cache-Control', 'no-store')
         self.end_headers()
         self.wfile.write(body)
 
 
+def saved(files) -> dict:
+    "Say when each file was last written."
+    there = (p for p in files if '.ipynb_checkpoints' not in p.parts and p.exists())
+    return {path: path.stat().st_mtime_ns for path in there}
+
+
 def state() -> dict:
-    "When each file that the site is made of was last written."
-    files = [
-        *(ROOT / 'nbs').rglob('*.ipynb'),
-        *HERE.rglob('*.css'),
-        *HERE.rglob('*.svg'),
-        *(ROOT / 'runs').glob('*/*/result.json'),
-    ]
-    return {
-        p: p.stat().st_mtime_ns for p in files if '.ipynb_checkpoints' not in p.parts and p.exists()
-    }
+    "Say when each file that the site is made of was last written."
+    results = (ROOT / 'runs').glob('*/*/result.json')
+    notebooks = (ROOT / 'nbs').rglob('*.ipynb')
+    return saved([*notebooks, *HERE.rglob('*.css'), *HERE.rglob('*.svg'), *results])
 
 
 def forget():
-    "The package and nbdev's memory of it: they may have changed since. torch stays, which is what makes the next build quick."
+    """Forget the package and nbdev's memory of it: they may have changed since.
+
+    torch stays, which is what makes the next build quick.
+    """
     from nbdev import doclinks
 
-    for name in [m for m in sys.modules if m.split('.')[0] == 'fewshotmeta']:
-        del sys.modules[name]
-    for f in (doclinks._build_lookup_table, doclinks._get_exps):
-        f.cache_clear()
+    for name in list(sys.modules):
+        if name.split('.')[0] == 'fewshotmeta':
+            del sys.modules[name]
+    for remembered in (doclinks._build_lookup_table, doclinks._get_exps):
+        remembered.cache_clear()
 
 
 def once():
-    "One build in this process; a notebook that does not go through is reported, and the last good site stays."
+    "Build in this process; where a notebook does not go through, say so and keep the last site."
     try:
         build(n_workers=0)
-    except BaseException as e:
-        if isinstance(e, KeyboardInterrupt):
-            raise
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
         traceback.print_exc(limit=0)
     Handler.made = str(time.time())
 
 
-def serve(port: int, every=0.3):
+def serve(port: int, every: float = 0.3):
     "Build, show, watch, until Ctrl-C."
-    import torch
+    import torch  # noqa: F401  once for all builds
 
-    def program():
-        return {p: p.stat().st_mtime_ns for p in HERE.glob('*.py')}
-
-    seen, begun = state(), program()
+    seen, program = state(), saved(HERE.glob('*.py'))
     once()
     server = ThreadingHTTPServer(('127.0.0.1', port), partial(Handler, directory=str(DOCS)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    print(
-        f'http://localhost:{server.server_port}/ shows the site and follows the notebooks; Ctrl-C ends it',
-        flush=True,
-    )
+    address = f'http://localhost:{server.server_port}/'
+    print(f'{address} shows the site and follows the notebooks; Ctrl-C ends it', flush=True)
     try:
         while True:
             time.sleep(every)
-            if program() != begun:
+            if saved(HERE.glob('*.py')) != program:
                 sys.exit('the program that makes the site has changed: start it again')
             if (now := state()) != seen:
                 seen = now
