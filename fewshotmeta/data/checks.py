@@ -12,6 +12,8 @@ import inspect
 import pkgutil
 from numbers import Integral
 
+from fastcore.basics import patch
+
 # %% ../../nbs/data/01_checks.ipynb #3c3a5048
 def check_size(
     name: str,  # what the value is called where it was typed
@@ -83,23 +85,27 @@ class Registry(dict):
 
         return keep
 
-    def find(
-        self,
-        name: str,  # as registered
-    ):
-        "Give what is registered under a name. Raises `ValueError`, listing all names."
-        pick(self.kind, name, self)
-        return self[name]
-
-    def options(
-        self,
-        name: str,  # as registered
-    ) -> dict:  # option to default
-        "Give the keyword-only arguments of what is registered, with their defaults."
-        found = inspect.signature(self.find(name)).parameters.values()
-        return {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY}
+# %% ../../nbs/data/01_checks.ipynb #c4e6f8a0
+@patch
+def find(
+    self: Registry,
+    name: str,  # as registered
+):
+    "Give what is registered under a name. Raises `ValueError`, listing all names."
+    pick(self.kind, name, self)
+    return self[name]
 
 
+@patch
+def options(
+    self: Registry,
+    name: str,  # as registered
+) -> dict:  # option to default
+    "Give the keyword-only arguments of what is registered, with their defaults."
+    found = inspect.signature(self.find(name)).parameters.values()
+    return {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY}
+
+# %% ../../nbs/data/01_checks.ipynb #d5f7a9b1
 def import_rooms(
     package: str,  # a package's name, say 'fewshotmeta.learners'
 ) -> list:  # its modules, in the order of their names

@@ -374,7 +374,7 @@ class _First(torch.autograd.Function):
         gw, gb = _FirstWeight.apply(gz, x, z.detach(), k, ctx.sizes, ctx.leak)
         return None, gw, gb, None, None, None
 
-
+# %% ../../nbs/engine/03_kernels.ipynb #98e5eaf3
 class _FirstWeight(torch.autograd.Function):
     "gz to the gradients of w and b."
 

@@ -174,7 +174,7 @@ def _graph():
     "A GPU's: all tasks in one call, recorded once and replayed."
     return Plan('graph', capture='graph')
 
-
+# %% ../../nbs/engine/00_plans.ipynb #3e05e812
 def _together():
     "As `threads`, four tasks a call: less time, more memory."
     return replace(_threads(), name='together', chunk=4)

@@ -148,7 +148,7 @@ def with_norm(
     "Give the same network, normalising by other statistics."
     return replace(self, norm=norm)
 
-
+# %% ../../nbs/learners/02_backbones.ipynb #0245a759
 @patch
 def with_steps(
     self: Conv4,

@@ -313,7 +313,7 @@ def _query(self: MAML, fast, episodes, repeated):
     out = economical(query, *groups, tasks=len(episodes.xq), repeated=repeated)
     return out['logits'], out['loss']
 
-
+# %% ../../nbs/learners/10_maml.ipynb #ae0deaa1
 @patch
 def remembered(
     self: MAML,
@@ -368,7 +368,7 @@ def can_use(
     norm = as_norm(norm)
     return self.backbone.offers(norm) and (bool(self.buffers) or not norm.stored)
 
-
+# %% ../../nbs/learners/10_maml.ipynb #e540aaf0
 @patch
 def with_norm(
     self: MAML,
