@@ -22,6 +22,8 @@ from .learners.norms import *
 from .learners.heads import *
 from .learners.backbones import *
 from .learners.modules import *
+from .learners.pretraining import *
+from .learners.switches import *
 from .learners.maml import *
 from .learners.mamlpp import *
 from .learners.hidra import *

@@ -110,7 +110,7 @@ def plain_loop(m, ep, p):
             t['hyper.2.bias'],
         )
 
-    total, sign = 0.0, 1 if m.sign == 'plus' else -1
+    total, sign = 0.0, 1 if m.network.sign == 'plus' else -1
     for xs, ys, xq, yq in zip(*ep):
         e, w0, b0 = embed(xs), t['head.weight'], t['head.bias']
         rows = e
