@@ -24,6 +24,7 @@ from .learners.backbones import *
 from .learners.modules import *
 from .learners.pretraining import *
 from .learners.switches import *
+from .learners.hypernetworks import *
 from .learners.maml import *
 from .learners.mamlpp import *
 from .learners.hidra import *
@@ -32,6 +33,7 @@ from .learners.reptile import *
 from .learners.metric import *
 from .learners.finetuning import *
 from .learners.gradient_variants import *
+from .learners.anyway_hypermaml import *
 from .training.gradient import *
 from .training.checkpoints import *
 from .training.evaluation import *
