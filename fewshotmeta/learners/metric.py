@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..data.checks import check_size, pick
 from ..engine.layers import check_every_class, class_means, one_hot
+from .norms import Norm, as_norm
 from .heads import Rows, init_head
 from .maml import Fast, LEARNERS, MAML, MetaLoss, task_losses
 
@@ -147,6 +148,18 @@ def meta_loss(
     logits, _ = self.logits(self._look(episodes.xs, episodes.ys), episodes.xq)
     right = (logits.argmax(-1) == episodes.yq).float().mean(1)
     return MetaLoss(self.losses(logits, episodes.yq), right.detach(), {})
+
+
+@patch
+def with_norm(
+    self: Metric,
+    norm: str | Norm,  # a key of `NORMS`, or a `Norm`
+) -> Metric:
+    "Copy the learner, normalising by other statistics: 'support' needs no look at other queries."
+    if as_norm(norm).stored:
+        name = type(self).__name__
+        raise ValueError(f"norm={norm!r}, but {name} stores no statistics: use norm='support'")
+    return MAML.with_norm(self, norm)
 
 
 @patch
