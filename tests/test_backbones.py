@@ -1,4 +1,4 @@
-"""Every variant of Conv4, by its parameter count and against the network written with nn modules."""
+"""Every variant of Conv4, by its parameter count and against a network of nn modules."""
 
 import pytest, torch
 from torch import nn

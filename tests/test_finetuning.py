@@ -1,4 +1,4 @@
-"""Feature Transfer, Baseline++ and SimpleShot: the sampler's purity, the loss on every plan, heads against autograd and plain loops."""
+"""Feature Transfer, Baseline++, SimpleShot: sampler, loss on every plan, heads by autograd."""
 
 import numpy as np, pytest, torch, torch.nn.functional as F
 from fewshotmeta.all import *
@@ -247,6 +247,64 @@ def test_what_is_remembered_is_what_evaluation_mode_uses(noise_bank):
     assert torch.allclose(h[0], q.flatten(1), atol=1e-5)
 
 
+@pytest.fixture(scope='module')
+def trained_shot():
+    "SimpleShot on glyphs, with convolution biases that are not zero."
+    bank = glyphs('train').select(range(64))
+    m = SimpleShot(conv4(protocol='hypermaml2022', filters=16), len(bank))
+    options = dict(meta_batch=4, meta_lr=4e-3, progress=False)
+    return fit(m, ImageBatches(bank, batch=16), 200, **options).learner
+
+
+def plain_network(m):
+    "The learner's body of PyTorch's own layers, with its parameters and its statistics."
+    layers, channels = [], m.backbone.channels
+    for i in range(1, 5):
+        conv = torch.nn.Conv2d(channels, m.backbone.filters, 3, padding=1)
+        norm = torch.nn.BatchNorm2d(m.backbone.filters, m.backbone.eps, momentum=1.0)
+        conv.weight.data, conv.bias.data = m.theta[f'conv{i}.weight'], m.theta[f'conv{i}.bias']
+        norm.weight.data, norm.bias.data = m.theta[f'norm{i}.weight'], m.theta[f'norm{i}.bias']
+        norm.running_mean = m.buffers[f'norm{i}.mean'][0].clone()
+        norm.running_var = m.buffers[f'norm{i}.var'][0].clone()
+        layers += [conv, norm, torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
+        channels = m.backbone.filters
+    return torch.nn.Sequential(*layers, torch.nn.Flatten()).double()
+
+
+def test_stored_statistics_are_those_of_batch_norm_in_evaluation_mode(trained_shot):
+    m = to_dtype(trained_shot, torch.float64)
+    assert m.theta['conv2.bias'].abs().max() > 0.01
+    x = ImageBatches(glyphs('test'), 32)[0].xq.double()
+    ours, _ = m.with_norm('per_step').backbone(m.theta | m.buffers, x[None])
+    with torch.no_grad():
+        theirs = plain_network(m).eval()(x)
+    assert torch.allclose(ours[0], theirs, rtol=0, atol=1e-9)
+
+
+def test_a_mini_batch_stores_what_batch_norm_in_training_mode_stores(trained_shot):
+    "With a momentum of 1, PyTorch's running mean is that of the last mini-batch, bias included."
+    m = to_dtype(trained_shot, torch.float64)
+    x = ImageBatches(glyphs('test'), 32)[0:1].xq.double()
+    stored = m.meta_loss(Episodes(x[:, :0], torch.zeros(1, 0), x, torch.zeros(1, 32).long())).stats
+    net = plain_network(m).train()
+    with torch.no_grad():
+        net(x[0])
+    for i, pixels in enumerate((28 * 28, 14 * 14, 7 * 7, 3 * 3)):
+        norm, n = net[4 * i + 1], 32 * pixels
+        mean, var = stored[f'norm{i + 1}.mean'][0], stored[f'norm{i + 1}.var'][0]
+        assert torch.allclose(mean, norm.running_mean, rtol=0, atol=1e-9)
+        assert torch.allclose(var * n / (n - 1), norm.running_var, rtol=0, atol=1e-9)
+
+
+def test_stored_statistics_are_as_good_as_a_tasks_own(trained_shot):
+    "Where stored means lack the convolution's bias, accuracy falls from 0.79 to 0.67."
+    test = EpisodeSampler(glyphs('test'), 5, 1, 15, seed=0)
+    own = accuracies(trained_shot, test, 60)[:, -1].mean()
+    stored = accuracies(trained_shot.with_norm('per_step'), test, 60)[:, -1].mean()
+    assert own > 0.6
+    assert abs(own - stored) < 0.05
+
+
 @pytest.mark.parametrize('make', METHODS)
 def test_resumes_to_the_same_bytes(noise_bank, tmp_path, stopped, make):
     def go(folder):
@@ -275,7 +333,7 @@ def test_resumes_to_the_same_bytes(noise_bank, tmp_path, stopped, make):
 
 
 def test_trained_alike(noise_bank):
-    "Feature Transfer and SimpleShot differ in the tasks' heads alone; a recorded training gives what a run one gives."
+    "Feature Transfer and SimpleShot differ in the tasks' heads alone; recorded training, too."
 
     def go(make, **kw):
         return fit(

@@ -1,4 +1,4 @@
-"""SignMAML against a plain loop and finite differences; Unicorn-MAML against its equation, HIDRA and the algebra of equal rows."""
+"""SignMAML by two other ways; Unicorn-MAML against its equation, HIDRA, and equal rows."""
 
 import pytest, torch, torch.nn.functional as F
 from fewshotmeta.all import *
@@ -31,7 +31,7 @@ def plain_logits(net, p, x):
 
 
 def plain_loop(m, ep, step, start=lambda p: p, create_graph=False):
-    "Loss and outer gradient of an inner loop `step(parameter, gradient)`, with PyTorch's own layers, one task after another."
+    "Loss and gradient of an inner loop `step(parameter, gradient)`, with PyTorch's own layers."
     t, total = m.theta, 0.0
     names = [k for k in m.adapted if not ('conv' in k and 'bias' in k)]
     for xs, ys, xq, yq in zip(*ep):

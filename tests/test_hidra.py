@@ -1,4 +1,4 @@
-"""HIDRA: the master neuron has no influence, one model serves every number of ways, and its gradient is right."""
+"""HIDRA: the master has no influence, one model serves every number of ways, right gradients."""
 
 import pytest, torch
 from fewshotmeta.all import *
@@ -51,7 +51,7 @@ METHODS = {
 @pytest.mark.parametrize('norm', ['transductive', 'support', 'affine_only'])
 @pytest.mark.parametrize('kw', METHODS.values(), ids=METHODS)
 def test_the_master_has_no_influence(kw, norm):
-    "T6: any row gives the same predictions at every step and the same gradient of the body; the rows' gradients sum to zero."
+    "T6: any row gives the same predictions and body gradient; the rows' gradients sum to zero."
     m, ep = tiny(norm=norm, **kw), noise(n_way=3)
     g = gradient(m, ep)
     assert (

@@ -1,4 +1,4 @@
-"""HyperMAML and its any-way form: counts, the switch, gradients against a plain loop and finite differences, equivariance."""
+"""HyperMAML and its any-way form: counts, switch, gradients by two other ways, equivariance."""
 
 import pytest, torch, torch.nn.functional as F
 from fewshotmeta.all import *
@@ -96,7 +96,7 @@ def plain_embedding(m, x):
 
 
 def plain_loop(m, ep, p):
-    "HyperMAML with PyTorch's own layers, one task after another, as one would write it on a blackboard."
+    "HyperMAML with PyTorch's own layers, one task after another."
     t, a, embed = m.theta, m.inner_lr, lambda x: plain_embedding(m, x)
 
     def H(r):
@@ -110,7 +110,7 @@ def plain_loop(m, ep, p):
             t['hyper.2.bias'],
         )
 
-    total, sign = 0.0, 1 if m.sign == 'plus' else -1
+    total, sign = 0.0, 1 if m.network.sign == 'plus' else -1
     for xs, ys, xq, yq in zip(*ep):
         e, w0, b0 = embed(xs), t['head.weight'], t['head.bias']
         rows = e
@@ -228,7 +228,7 @@ def test_warm_up_is_maml_on_the_head(kw):
 
 
 def test_mixtures():
-    "T9: with one step the two mixtures of updates are equal, with more they are not; p = 0 adds the change once."
+    "T9: with one step both mixtures of updates are equal; p = 0 adds the change once."
     ep = noise()
 
     def loss(mode, **kw):
@@ -292,7 +292,7 @@ def test_no_task_knows_another():
 
 
 def test_who_learns_from_what():
-    "T10: the encoder learns through the hypernetwork's input, the universal head not through the enhancement."
+    "T10: the encoder learns through the rows, the universal head not through the enhancement."
     m, ep = tiny(), noise()
     e, _ = m.backbone(m.theta, ep.xs)
     g = dict(
@@ -344,7 +344,7 @@ def test_not_transductive(make, n, norm):
 @pytest.mark.parametrize('enhance', [True, False])
 @pytest.mark.parametrize('progress', [0.0, 0.25, 1.0])
 def test_anyway_is_equivariant(enhance, progress):
-    "Renaming the classes permutes the predictions and nothing else, in any order of the support, at any number of ways and share of the switch."
+    "Renaming the classes permutes the predictions and nothing else, whatever the ways and p."
     for n in (2, 3, 7):
         m, ep = (
             tiny(anyway_hypermaml, 4, enhance=enhance, switch=Switch(warm=2, over=9, epochs=20)),
@@ -370,7 +370,7 @@ def test_anyway_is_equivariant(enhance, progress):
 
 
 def test_selection_and_adams_steps(noise_bank):
-    "Only the pure hypernetwork is selected, once the switch is over; Adam does not count the warm-up for the hypernetwork."
+    "Only the pure hypernetwork is selected, and Adam does not count the warm-up for it."
     train = EpisodeSampler(noise_bank, 5, 1, 3)
 
     def make(**kw):

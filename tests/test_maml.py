@@ -40,7 +40,7 @@ def gradient(m, ep):
 
 
 def assert_slope(m, ep, g, d, h, *progress):
-    "The gradient `g` along the direction `d` is the slope of the meta-loss there, by central differences."
+    "The gradient `g` along `d` is the slope of the meta-loss there, by central differences."
     start = {k: m.theta[k].detach().clone() for k in d}
 
     def at(s):
@@ -157,7 +157,7 @@ def test_every_plan_equals_the_plain_loop(kw, plan):
     ],
 )
 def test_every_plan_in_every_norm_mode(kw, plan):
-    "Against one task at a time with PyTorch's operations, which the finite differences above check in these modes."
+    "Against one task at a time with PyTorch's operations, which finite differences check above."
     m, ep = tiny(**kw), noise(tasks=3)
     plain, ours = (meta_gradient(m, ep, plan=plan_for('cpu', p)) for p in ('plain', plan))
     size = sum(v.norm() ** 2 for v in plain.grads) ** 0.5

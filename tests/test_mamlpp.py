@@ -1,4 +1,6 @@
-"""MAML++: its weights, its rates, each ingredient alone, and its gradient against finite differences."""
+"""MAML++: weights, rates, each ingredient alone, and the gradient by finite differences."""
+
+import math
 
 import pytest, torch, torch.nn.functional as F
 from fewshotmeta.all import *
@@ -46,6 +48,29 @@ def test_multi_step_weights(steps, after):
     assert w(0.18, 5)[1:] == pytest.approx([0.02] * 4 + [0.92])
 
 
+@pytest.mark.parametrize('horizon', [0.1, 0.25, 1.0])
+def test_the_horizon_belongs_to_what_comes_after(horizon):
+    "At the horizon the last step alone counts, or the annealed weights stay."
+    before = math.nextafter(horizon, 0)
+    assert MultiStepLoss(horizon)(horizon, 4) == [0.0, 0.0, 0.0, 0.0, 1.0]
+    annealed = pytest.approx([0, 0.0075, 0.0075, 0.0075, 0.9775])
+    assert MultiStepLoss(horizon)(before, 4) == annealed
+    assert MultiStepLoss(horizon, 'keep_annealed')(horizon, 4) == annealed
+    m = tiny(('msl',), horizon=horizon)
+    assert m.weights(horizon) == [0.0, 0.0, 0.0, 1.0]
+    assert m.weights(before)[1] > 0
+
+
+@pytest.mark.parametrize('da', [0.1, 1 / 3, 1.0])
+def test_the_end_of_annealing_belongs_to_what_comes_after(da):
+    "Second order begins at `da` exactly; without annealing it is there from the start."
+    m = tiny(('da',), da=da)
+    assert m.order_at(0.0) == 1
+    assert m.order_at(math.nextafter(da, 0)) == 1
+    assert m.order_at(da) == 2
+    assert tiny(('da',), da=0.0).order_at(0.0) == 2
+
+
 @pytest.mark.parametrize(
     'ingredients', [(), ('msl',), ('bnwb',), ('lslr',), ('bnrs',), ALL, (*ALL, 'bnrs')]
 )
@@ -65,7 +90,7 @@ def test_second_order_against_finite_differences(ingredients):
 
 
 def plain_loop(m, ep, progress):
-    "MAML++ with PyTorch's own layers, one task after another: rates, rows of the norm, weights and orders by hand."
+    "MAML++ with PyTorch's own layers, one task after another, everything by hand."
     net, t = m.backbone, m.theta
 
     def logits(p, x, row):
@@ -142,7 +167,7 @@ def test_derivative_order_annealing():
 
 
 def test_rates():
-    "T12: non-zero gradients in first-order mode; the unused row stays at its start; a rate of 0 does not adapt."
+    "T12: gradients in first-order mode, too, but for the unused row; a rate of 0 does not adapt."
     m, ep = tiny(('lslr', 'da'), da=1.0), noise()
     g = gradient(m, ep, 0.0)
     for k in ('conv1.weight', 'conv4.weight', 'head.weight'):
@@ -194,6 +219,69 @@ def test_per_step_norms_and_rates_are_used_at_their_step():
     )
 
 
+def traits(m):
+    "What the ingredients change of a learner, early in the training."
+    shapes = {k: tuple(v.shape) for k, v in m.theta.items()}
+    return {
+        'weights': m.weights(0.0),
+        'order': m.order_at(0.0),
+        'norm parameters': {k: v for k, v in shapes.items() if k.startswith('norm')},
+        'rates': {k: v for k, v in shapes.items() if k.startswith('rate.')},
+        'transductive': m.transductive,
+        'buffers': {k: tuple(v.shape) for k, v in m.buffers.items()},
+        'other parameters': {k: v for k, v in shapes.items() if k.startswith(('conv', 'head'))},
+    }
+
+
+CHANGED = {
+    'msl': {'weights': [0.0, 0.5, 0.5]},
+    'da': {'order': 1},
+    'bnwb': {
+        'norm parameters': {
+            f'norm{i}.{kind}': (2, 8) for i in range(1, 5) for kind in ('weight', 'bias')
+        }
+    },
+    'bnrs': {
+        'transductive': False,
+        'buffers': {f'norm{i}.{kind}': (2, 8) for i in range(1, 5) for kind in ('mean', 'var')},
+    },
+    'lslr': {
+        'rates': {
+            f'rate.{layer}.{kind}': (3,)
+            for layer in ('conv1', 'conv2', 'conv3', 'conv4', 'head')
+            for kind in ('weight', 'bias')
+        }
+    },
+}
+
+
+@pytest.mark.parametrize('ingredient', INGREDIENTS)
+def test_what_each_ingredient_changes(ingredient):
+    "Nothing but its own: the weights, the order, the norm's rows, its statistics, the rates."
+
+    def make(ingredients):
+        return traits(mamlpp(conv4(size=16, filters=8), 5, 2, ingredients=ingredients))
+
+    assert make(()) | CHANGED[ingredient] == make((ingredient,))
+    for name, value in CHANGED[ingredient].items():
+        assert make(())[name] != value
+
+
+def test_cosine_annealing_is_the_outer_rate(noise_bank):
+    "The sixth ingredient is not the learner's: the outer learning rate falls, or it stays."
+    train = EpisodeSampler(noise_bank, 5, 1, 3)
+
+    def rates(**schedule):
+        m = mamlpp(conv4(size=16, filters=8), 5, 2, ingredients=())
+        options = dict(meta_batch=2, meta_lr=3e-3, log_every=3, progress=False)
+        return [row['lr'] for row in fit(m, train, 12, **options, **schedule).history]
+
+    assert set(rates()) == {3e-3}
+    falling = rates(schedule=Cosine())
+    assert falling == sorted(set(falling), reverse=True)
+    assert len(falling) == 4
+
+
 def test_each_ingredient_changes_the_result(noise_bank):
     train, losses = EpisodeSampler(noise_bank, 5, 1, 3), []
     for ingredients in ((), ('msl',), ('da',), ('bnwb',), ('bnrs',), ('lslr',)):
@@ -219,7 +307,7 @@ def test_each_ingredient_changes_the_result(noise_bank):
 
 
 def test_bnrs_and_bnwb_are_independent(noise_bank):
-    "One has statistics for each step, the other scales and shifts; both together are a third learner."
+    "One has statistics for each step, the other scales and shifts; together a third learner."
     train, losses = EpisodeSampler(noise_bank, 5, 1, 3), []
     for ingredients, rows in ((('bnrs',), 1), (('bnwb',), 2), (('bnrs', 'bnwb'), 2)):
         m = mamlpp(conv4(size=16, filters=8), 5, 2, ingredients=ingredients)

@@ -1,4 +1,6 @@
-"""The metric methods: each against a plain loop over tasks, finite differences, and what must not matter."""
+"""The metric methods against a plain loop, finite differences, and what must not matter."""
+
+from functools import partial
 
 import pytest, torch, torch.nn.functional as F
 from torch import nn
@@ -8,11 +10,11 @@ from test_maml import assert_slope, gradient, noise
 
 MAKE = dict(
     matching=MatchingNet,
-    matching_as_printed=lambda b: MatchingNet(b, scale=1.0),
+    matching_as_printed=partial(MatchingNet, scale=1.0),
     proto=ProtoNet,
-    relation=lambda b: RelationNet(b, width=8),
-    relation_mse=lambda b: RelationNet(b, width=8, loss='mse'),
-    r2d2=lambda b: R2D2(b, lam=0.5, scale=3.0),
+    relation=partial(RelationNet, width=8),
+    relation_mse=partial(RelationNet, width=8, loss='mse'),
+    r2d2=partial(R2D2, lam=0.5, scale=3.0),
 )
 
 
@@ -142,7 +144,7 @@ def test_classes_need_not_have_equally_many_images():
 
 @every
 def test_renaming_the_classes_permutes_the_predictions(name):
-    "And the order of the support images does not matter, which is why there are no full context embeddings."
+    "Nor does the order of the support images matter: there are no full context embeddings."
     m, ep, gen = tiny(name), noise(n_way=4, k=3), torch.Generator().manual_seed(0)
     order, mix = torch.randperm(4, generator=gen), torch.randperm(12, generator=gen)
     other = Episodes(ep.xs[:, mix], order[ep.ys][:, mix], ep.xq, order[ep.yq])

@@ -12,7 +12,8 @@ from fewshotmeta.data.banks import BadBank, ImageBank, load_bank, save_bank
 from fewshotmeta.data.episodes import EpisodeSampler
 from fewshotmeta.data.files import BadFile, read_json, write_json
 from fewshotmeta.learners.hidra import hidra
-from fewshotmeta.learners.hypermaml import HyperMAML, anyway_hypermaml
+from fewshotmeta.learners.hypermaml import HyperMAML
+from fewshotmeta.learners.anyway_hypermaml import anyway_hypermaml
 from fewshotmeta.learners.maml import MAML
 from fewshotmeta.learners.mamlpp import mamlpp, meta_sgd
 from fewshotmeta.learners.reptile import Reptile

@@ -182,9 +182,6 @@ def _chances(self: EpisodeSampler, index):
     chances = ((bits >> np.uint64(40)) / np.float32(2**24)).astype(np.float32)
     return chances.reshape(len(index), *shape)
 
-# %% ../../nbs/data/06_episodes.ipynb #72386d25
-EpisodeSampler._images = EpisodeSampler.prepared  # the name under which mini-batches ask for it
-
 # %% ../../nbs/data/06_episodes.ipynb #8a7362c9
 @patch
 def __getitem__(self: EpisodeSampler, i) -> Episodes:

@@ -7,13 +7,15 @@ __all__ = ['SignMAML', 'unicorn_maml']
 
 # %% ../../nbs/learners/17_gradient_variants.ipynb #7681224c
 import torch
+from fastcore.basics import patch
+from torch import Tensor
 
 from .maml import LEARNERS, MAML
 from .hidra import hidra
 
 # %% ../../nbs/learners/17_gradient_variants.ipynb #140d0c2d
 class SignMAML(MAML):
-    "MAML whose inner steps follow the sign of the gradient (Fan et al. 2021); a first-order method without any approximation."
+    "MAML whose inner steps follow the sign of the gradient (Fan et al. 2021)."
 
     def __init__(
         self,
@@ -25,19 +27,30 @@ class SignMAML(MAML):
     ):
         if 'order' in maml:
             raise ValueError(
-                f"order={maml['order']}: the sign has no derivative, so there is nothing of second order; leave it out"
+                f'order={maml["order"]}: the sign has no derivative, so there is nothing of '
+                'second order; leave it out'
             )
         super().__init__(backbone, n_way, inner_lr, inner_steps, 1, **maml)
 
-    def update(self, own, theta, loss, step, order):
-        "One inner step on the adapted parameters: each by α, up or down."
-        grads = torch.autograd.grad(
-            loss, list(own.values()), retain_graph=order > 0, allow_unused=True
-        )
-        return {
-            k: v if g is None else v - self.rate(theta, k, step) * g.sign()
-            for (k, v), g in zip(own.items(), grads)
-        }
+
+@patch
+def update(
+    self: SignMAML,
+    own: dict,  # adapted parameters by name, each (tasks, …)
+    theta: dict,  # all parameters by name
+    loss: Tensor,  # summed over tasks, ()
+    step: int,  # inner step, from 0
+    order: int,  # what a gradient through the step needs: 0 nothing, 1 first order
+) -> dict:  # adapted parameters after the step
+    "Take one inner step: each adapted weight by α, up or down."
+    values = list(own.values())
+    grads = torch.autograd.grad(loss, values, retain_graph=order > 0, allow_unused=True)
+    moved = {}
+    for (name, value), grad in zip(own.items(), grads):
+        if grad is not None:
+            value = value - self.rate(theta, name, step) * grad.sign()
+        moved[name] = value
+    return moved
 
 # %% ../../nbs/learners/17_gradient_variants.ipynb #7cf2ad02
 def unicorn_maml(
@@ -47,10 +60,9 @@ def unicorn_maml(
     inner_steps: int = 15,  # 15 to 20 in the paper
     **maml,  # `MAML`'s other arguments
 ) -> MAML:
-    "Unicorn-MAML (Ye & Chao 2022): MAML with many inner steps, whose head is one learned vector for all classes."
-    return hidra(
-        backbone, n_way, 'tied_gradient', inner_lr=inner_lr, inner_steps=inner_steps, **maml
-    )
+    "Unicorn-MAML (Ye & Chao 2022): many inner steps, and one learned vector for all classes."
+    options = dict(inner_lr=inner_lr, inner_steps=inner_steps) | maml
+    return hidra(backbone, n_way, 'tied_gradient', **options)
 
 # %% ../../nbs/learners/17_gradient_variants.ipynb #b27e6097
 @LEARNERS.register('sign_maml')

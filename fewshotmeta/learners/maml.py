@@ -375,13 +375,14 @@ def with_norm(
     norm: str | Norm,  # a key of `NORMS`, or a `Norm`
 ) -> MAML:
     "Copy the learner, normalising by other statistics: 'support' needs no look at other queries."
+    norm = as_norm(norm)
+    if self.backbone.per_step_norms and norm.stored and not self.buffers:
+        raise ValueError(
+            f'norm={norm}, but the learner has stored no statistics: '
+            f'train it so, with conv4(norm={norm}, norm_steps=…)'
+        )
     new = copy(self)
     new.backbone = self.backbone.with_norm(norm)
-    if new.backbone.norm.stored and not self.buffers:
-        raise ValueError(
-            f'norm={new.backbone.norm}, but the learner has stored no statistics: '
-            f"train it so, with conv4(norm={new.backbone.norm}, norm_steps=…)"
-        )
     return new
 
 # %% ../../nbs/learners/10_maml.ipynb #0dc133cc

@@ -16,9 +16,10 @@ from fastcore.basics import patch
 from ..data.checks import pick
 from ..data.episodes import Episodes
 from ..learners.backbones import conv4
+from ..learners.switches import Switch
 from ..learners.maml import MAML
 from ..learners.mamlpp import mamlpp
-from ..learners.hypermaml import HyperMAML, Switch
+from ..learners.hypermaml import HyperMAML
 
 # %% ../../nbs/training/05_cases.ipynb #612e9055
 # forward passes that one pass is worth: in the first layer, in each other layer
