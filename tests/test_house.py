@@ -1,4 +1,4 @@
-"""The house itself: who may import whom, how code is laid out, that every public thing is explained."""
+"""The house itself: who may import whom, how code is laid out, what is explained."""
 
 import ast
 import configparser

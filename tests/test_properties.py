@@ -17,7 +17,8 @@ from fewshotmeta.data.banks import ImageBank
 from fewshotmeta.data.episodes import EpisodeSampler
 from fewshotmeta.data.files import BadFile, read_json, seal, unseal, write_json
 from fewshotmeta.lab.batches import BadBatch, read_batch
-from fewshotmeta.lab.parameters import BadParameters, default_name, merge_parameters, parse_value, read_parameters, split_name
+from fewshotmeta.lab.parameters import BadParameters, default_name, merge_parameters
+from fewshotmeta.lab.parameters import parse_value, read_parameters, split_name
 from fewshotmeta.training.schedules import SCHEDULES, Cosine, MultiStep
 
 often = settings(

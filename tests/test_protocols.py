@@ -116,7 +116,8 @@ def half_maml(backbone, setting, *, inner_lr=0.1, inner_steps=1, portion=0.5):
 @BACKBONES.register('linear')
 def linear(channels, size):
     "One linear layer."
-    return from_module(nn.Sequential(nn.Flatten(), nn.Linear(channels * size**2, 8)), channels, size)
+    layers = nn.Flatten(), nn.Linear(channels * size**2, 8)
+    return from_module(nn.Sequential(*layers), channels, size)
 '''
 
 

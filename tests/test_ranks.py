@@ -8,59 +8,75 @@ from fewshotmeta.engine.ranks import Ranks
 from fewshotmeta.training.checkpoints import read_checkpoint
 
 SCRIPT = '''
-import sys, torch
+import os
+import signal
+import sys
+
+import torch
+import fewshotmeta.training.fit as training
 from fewshotmeta.all import *
+
 method, folder, iterations, stop = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-images = torch.randint(0, 256, (1000, 1, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-bank = ImageBank(images, range(0, 1000, 25), [25]*40, [f'class{i:02d}' for i in range(40)], name='noise')
-body = conv4(size=16, filters=8, **(dict(norm='per_step', norm_steps=2) if method == 'mamlpp' else {}))
-learner = dict(maml=lambda: MAML(body, 5, inner_lr=.1), mamlpp=lambda: mamlpp(body, 5, inner_steps=2), hidra=lambda: hidra(body, 6), hypermaml=lambda: HyperMAML(body, 5, width=16))[method]()
+gen = torch.Generator().manual_seed(0)
+images = torch.randint(0, 256, (1000, 1, 16, 16), generator=gen, dtype=torch.uint8)
+names = [f'class{i:02d}' for i in range(40)]
+bank = ImageBank(images, range(0, 1000, 25), [25] * 40, names, name='noise')
+norm = dict(norm='per_step', norm_steps=2) if method == 'mamlpp' else {}
+body = conv4(size=16, filters=8, **norm)
+
+
+def made(method):
+    if method == 'maml':
+        return MAML(body, 5, inner_lr=0.1)
+    if method == 'mamlpp':
+        return mamlpp(body, 5, inner_steps=2)
+    return hidra(body, 6) if method == 'hidra' else HyperMAML(body, 5, width=16)
+
+
+def in64(episodes):
+    return Episodes(*(t.double() if t.is_floating_point() else t for t in episodes))
+
+
 class In64(EpisodeSampler):
-    def meta_batch(self, i, n): ep = super().meta_batch(i, n); return Episodes(*(t.double() if t.is_floating_point() else t for t in ep))
-    def __getitem__(self, i): ep = super().__getitem__(i); return Episodes(*(t.double() if t.is_floating_point() else t for t in ep))
+    def meta_batch(self, i, n):
+        return in64(super().meta_batch(i, n))
+
+    def __getitem__(self, i):
+        return in64(super().__getitem__(i))
+
+
 tasks = In64(bank, 5, 1, 2, seed=0)
-learner = to_dtype(learner, torch.float64)
-import fewshotmeta.training.fit as T
-step = T._Loop.step
+learner = to_dtype(made(method), torch.float64)
+step = training._Loop.step
+
+
 def stopping(self):
-    if stop > 0 and self.run.iteration == stop: raise KeyboardInterrupt
+    if stop > 0 and self.run.iteration == stop:
+        raise KeyboardInterrupt
     if stop < 0 and self.ranks.rank == 1 and self.run.iteration == -stop:
-        if stop == -3: raise ValueError('rank 1 has had enough')
-        import os, signal; os.kill(os.getpid(), signal.SIGINT)
+        if stop == -3:
+            raise ValueError('rank 1 has had enough')
+        os.kill(os.getpid(), signal.SIGINT)
     return step(self)
-T._Loop.step = stopping
-run = fit(learner, tasks, iterations, meta_batch=5, meta_lr=3e-3, schedule='cosine', clip=10., valid=tasks, valid_tasks=4, valid_every=4, save_every=2, log_every=2, checkpoint=folder, progress=False)
-if Ranks().first: print('done', run.iteration)
+
+
+training._Loop.step = stopping
+every = dict(valid_every=4, save_every=2, log_every=2)
+options = dict(meta_lr=3e-3, schedule='cosine', clip=10.0, valid=tasks, valid_tasks=4) | every
+run = fit(learner, tasks, iterations, meta_batch=5, checkpoint=folder, progress=False, **options)
+if Ranks().first:
+    print('done', run.iteration)
 '''
 
 
 def train(tmp_path, ranks, method='maml', folder='run', iterations=8, stop=0):
     (tmp_path / 'train.py').write_text(SCRIPT)
-    launch = (
-        [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--standalone',
-            '--nproc-per-node',
-            str(ranks),
-        ]
-        if ranks
-        else [sys.executable]
-    )
-    return subprocess.run(
-        [
-            *launch,
-            str(tmp_path / 'train.py'),
-            method,
-            str(tmp_path / folder),
-            str(iterations),
-            str(stop),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    launch = [sys.executable]
+    if ranks:
+        launch += ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks)]
+    arguments = [tmp_path / 'train.py', method, tmp_path / folder, iterations, stop]
+    command = [*launch, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def same(a, b, eps):
@@ -105,7 +121,7 @@ def test_resume_on_another_number_of_ranks(tmp_path):
 
 
 def test_what_one_rank_is_told_all_do(tmp_path):
-    "Ctrl-C that reaches one rank only: all stop after the same iteration, which is saved. An error in one: torchrun ends them all."
+    "Ctrl-C that reaches one rank stops all after the same iteration; an error in one ends all."
     out = train(tmp_path, 2, folder='stopped', stop=-5)
     assert out.returncode and read_checkpoint(tmp_path / 'stopped')[0]['iteration'] == 6, out.stderr
     assert 'done 8' in train(tmp_path, 2, folder='stopped').stdout

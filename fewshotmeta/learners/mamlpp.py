@@ -84,8 +84,8 @@ class MAMLpp(MAML):
             )
         if rates == 'per_weight' and not self.n_way:
             raise ValueError(
-                f"rates='per_weight' needs a row for each class, but {self.head} serves any number: "
-                "use rates='per_tensor'"
+                f"rates='per_weight' needs a row for each class, but {self.head} serves "
+                "any number: use rates='per_tensor'"
             )
         self.msl = msl
         self.da = da

@@ -87,7 +87,7 @@ class PerStep(Norm):
 
 @dataclass(frozen=True, repr=False)
 class AffineOnly(Norm):
-    "Scale and shift alone, as HIDRA's code has it: mean 0 and variance 1 that nothing ever updates."
+    "Scale and shift alone, as HIDRA's code has it: mean 0 and variance 1, never updated."
 
     name = 'affine_only'
 

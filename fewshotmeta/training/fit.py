@@ -175,6 +175,12 @@ def log(self: _Loop):
     )
 
 # %% ../../nbs/training/04_fit.ipynb #67e50d00
+def _best_first(kept):
+    "The order of kept parameters: by accuracy, of equal ones the earliest."
+    accuracy, iteration, *_ = kept
+    return -accuracy, iteration
+
+
 @patch
 def validate(self: _Loop):
     "Measure accuracy on the fixed validation tasks; keep the parameters that are among the best."
@@ -190,7 +196,7 @@ def validate(self: _Loop):
     theta = {k: v.detach().clone() for k, v in run.learner.theta.items()}
     buffers = {k: v.detach().clone() for k, v in run.learner.buffers.items()}
     kept = [*run.kept, (value, run.iteration, theta, buffers)]
-    run.kept = sorted(kept, key=lambda k: (-k[0], k[1]))[: settings.keep]
+    run.kept = sorted(kept, key=_best_first)[: settings.keep]
 
 # %% ../../nbs/training/04_fit.ipynb #0eddf0db
 @patch
