@@ -116,6 +116,52 @@ def test_a_setting_gives_what_starts_parameters():
     assert setting.fresh == dict(head_init='linear', seed=3)
 
 
+def test_a_change_of_the_head_and_its_share():
+    own, change = {'head.bias': torch.ones(1, 2)}, {'head.bias': torch.full((1, 2), 4.0)}
+    assert add_change(own, change, 0.25)['head.bias'].tolist() == [[2, 2]]
+    held = Held(0.25, SWITCHES['update_mix'])
+    assert held(0.0) == held(0.9) == 0.25
+
+
+def test_what_a_hypernetwork_is_shown():
+    ys = torch.tensor([[0, 2]])
+    assert label_number(ys, 3).tolist() == [[[0], [2]]]
+    assert label_one_hot(ys, 3).int().tolist() == [[[1, 0, 0], [0, 0, 1]]]
+    logits = torch.zeros(1, 1, 4)
+    assert as_probabilities(logits).tolist() == [[[0.25] * 4]] and as_logits(logits) is logits
+
+
+def test_where_a_warm_up_takes_its_gradient():
+    own, start = object(), object()
+    assert at_current(own, start) is own and at_start(own, start) is start
+    assert WARM_GRADIENTS == dict(standard=at_current, through_start=at_start)
+
+
+def test_phases_and_candidates_of_the_switch():
+    assert [phase_of(p) for p in (1.0, 0.5, 0.0)] == ['before', 'within', 'after']
+    assert PHASES['after'] is network_alone
+    learner = HyperMAML(conv4(**SMALL), 3, width=8)
+    assert pure_candidate(learner, 0.5) is None and pure_candidate(learner, 0.0) is learner
+    assert mixture_candidate(learner, 0.5).switch(0.0) == 0.5
+
+
+def test_the_master_after_an_outer_step():
+    new, old, grad = torch.tensor([[2.0], [4.0], [9.0]]), torch.zeros(3, 1), torch.ones(3, 1)
+    step = OuterStep(new, old, grad, lr=0.5, n_way=2)
+    moved = {name: update(step).item() for name, update in MASTER_UPDATES.items()}
+    expected = dict(row_mean_adam=3.0, row_mean_sgd=-0.5, tied_gradient=2.0, frozen=0.0)
+    assert moved == expected
+
+
+def test_losses_and_transforms_of_the_comparison_methods():
+    logits, labels = torch.zeros(1, 2, 2), torch.tensor([[0, 1]])
+    assert squashed_squares(logits, labels).tolist() == [0.25]
+    h, mean = torch.tensor([[[3.0, 4.0]]]), torch.tensor([0.0, 4.0])
+    assert unnormalised(h, mean) is h
+    assert torch.allclose(unit_length(h, mean), torch.tensor([[[0.6, 0.8]]]))
+    assert torch.allclose(centred_unit_length(h, mean), torch.tensor([[[1.0, 0.0]]]))
+
+
 # --- training
 
 

@@ -16,7 +16,7 @@ from ..data.checks import check_size, pick
 def add_change(
     own: dict,  # parameters of the head, name to (tasks, …)
     change: dict,  # what the network has written for each
-    share: float | Tensor,  # of the change
+    share: float | Tensor,  # of the change, ()
 ) -> dict:
     "Move the head by a share of the change."
     return {name: value + share * change[name] for name, value in own.items()}
@@ -26,7 +26,7 @@ def update_mix(
     descend,  # (own, share of the rate, what is done after each step) to the head
     own: dict,  # the head as a task starts
     change: dict,  # what the network has written
-    p: float | Tensor,  # share of the gradient steps
+    p: float | Tensor,  # share of the gradient steps, ()
 ) -> list[tuple]:  # weight of the loss, and head
     "Mix the updates: gradient steps at p times their rate, then 1-p of the change (eq. 7)."
     return [(1.0, add_change(descend(own, p), change, 1 - p))]
