@@ -223,7 +223,7 @@ def test_what_is_remembered_is_what_evaluation_mode_uses(noise_bank):
     before = {k: v.detach().clone() for k, v in m.theta.items()}
     fit(m, batches, 3, meta_batch=1, meta_lr=1e-30, progress=False)
     for i in range(3):
-        net(F.conv2d(batches[i].xq[0], before['conv1.weight'], before['conv1.bias'], padding=1))
+        net(F.conv2d(batches[i].xq, before['conv1.weight'], before['conv1.bias'], padding=1))
     assert torch.allclose(m.buffers['norm1.mean'][0], net.running_mean, atol=1e-6)
     n = 8 * 16 * 16
     assert torch.allclose(
