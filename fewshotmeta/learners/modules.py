@@ -116,7 +116,7 @@ def __call__(
         features.append(self._features(own, x[i]))
     return torch.stack(features), {}
 
-
+# %% ../../nbs/learners/03_modules.ipynb #a8938932
 def from_module(
     module: nn.Module,  # maps images (n, C, H, W) to features (n, ...)
     channels: int = 3,  # of the images
