@@ -158,6 +158,16 @@ def test_the_readme_lists_every_notebook():
     )
 
 
+def test_a_parameter_of_an_experiment_is_no_name_of_ours():
+    "An experiment imports everything after its parameters: a common name would replace one."
+    from fewshotmeta.lab.parameters import read_parameters
+
+    everything = vars(importlib.import_module('fewshotmeta.all'))
+    for path in (ROOT / 'nbs' / 'experiments').glob('*.ipynb'):
+        both = [name for name in read_parameters(path) if name in everything]
+        assert not both, (path.name, both)
+
+
 # --- public names
 
 

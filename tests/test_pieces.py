@@ -139,7 +139,7 @@ def test_where_a_warm_up_takes_its_gradient():
 
 def test_phases_and_candidates_of_the_switch():
     assert [phase_of(p) for p in (1.0, 0.5, 0.0)] == ['before', 'within', 'after']
-    assert PHASES['after'] is network_alone
+    assert PHASES['after'] is network_alone and PHASES['before'] is gradient_steps
     learner = HyperMAML(conv4(**SMALL), 3, width=8)
     assert pure_candidate(learner, 0.5) is None and pure_candidate(learner, 0.0) is learner
     assert mixture_candidate(learner, 0.5).switch(0.0) == 0.5

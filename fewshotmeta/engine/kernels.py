@@ -35,7 +35,7 @@ _C_FILE = files('fewshotmeta.engine') / 'kernels.c'
 
 def c_source(
     part: str = '',  # the name in the part's line of `==`; '': the whole file
-) -> 'Markdown':  # which a notebook shows highlighted
+):  # a displayable block of C, which a notebook shows highlighted
     "Show the C of the kernels, or a part of it. Raises `ValueError` for a part that is not there."
     from IPython.display import Markdown  # not needed to compute, and slow to import
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WARM_GRADIENTS', 'SELECTIONS', 'PHASES', 'at_current', 'at_start', 'pure_candidate', 'mixture_candidate', 'HyperMAML',
-           'warm_up', 'transition', 'network_alone', 'phase_of']
+           'gradient_steps', 'transition', 'network_alone', 'phase_of']
 
 # %% ../../nbs/learners/13_hypermaml.ipynb #6947ceab
 from copy import copy
@@ -207,7 +207,7 @@ def moment(
     return (self.order, phase_of(p)), [p]
 
 # %% ../../nbs/learners/13_hypermaml.ipynb #67597cb9
-def warm_up(learner, theta, own, e, ys, p):
+def gradient_steps(learner, theta, own, e, ys, p):
     "Gradient steps alone."
     return [(1.0, learner.descend(own, e, ys, 1.0))]
 
@@ -228,7 +228,7 @@ def network_alone(learner, theta, own, e, ys, p):
     return [(1.0, add_change(own, change, 1.0))]
 
 
-PHASES = dict(before=warm_up, within=transition, after=network_alone)
+PHASES = dict(before=gradient_steps, within=transition, after=network_alone)
 
 
 def phase_of(
