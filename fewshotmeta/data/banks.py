@@ -181,7 +181,7 @@ def show_grid(
     cols: int,  # images a row
     title: str = '',
 ):
-    "Show images side by side."
+    "Draw images side by side."
     import matplotlib.pyplot as plt
 
     draw_grid(images, cols, title)
@@ -190,7 +190,7 @@ def show_grid(
 # %% ../../nbs/data/02_banks.ipynb #c420fedc
 @patch
 def show(self: ImageBank, rows: int = 4, cols: int = 12, seed: int = 0):
-    "Show one image of some classes."
+    "Draw one image of some classes."
     rng = np.random.default_rng(seed)
     shown = rng.permutation(len(self))[: rows * cols]
     images = [self[int(i)][int(rng.integers(self.count[i]))] for i in shown]

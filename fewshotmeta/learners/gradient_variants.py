@@ -32,7 +32,7 @@ class SignMAML(MAML):
             )
         super().__init__(backbone, n_way, inner_lr, inner_steps, 1, **maml)
 
-
+# %% ../../nbs/learners/17_gradient_variants.ipynb #2b3d4f68
 @patch
 def update(
     self: SignMAML,
