@@ -21,7 +21,7 @@ from ..data.banks import DATASETS, ImageBank, PARTS
 from ..data.datasets import load_data
 from ..data.episodes import EpisodeSampler, WaysSampler
 from ..data.augment import CloserLook
-from ..learners.norms import as_norm
+from ..learners.norms import Transductive, as_norm
 from ..learners.backbones import BACKBONES
 from ..learners.maml import LEARNERS, Setting, all_but_norm, everything
 
@@ -157,9 +157,10 @@ def make_learner(
     channels, size = sampler.bank.images.shape[1:3]
     changes = dict(filters=filters, down=down)
     changes = {k: v for k, v in changes.items() if v}
-    if norm != 'transductive':
+    norm = as_norm(norm)
+    if norm != Transductive():
         changes |= dict(norm=norm)
-    if as_norm(norm).stored:
+    if norm.stored:
         changes |= dict(
             norm_steps=LEARNERS.notes[method].get('norm_rows', own.get('inner_steps', 1))
         )
