@@ -63,7 +63,7 @@ notebooks: $(READY)
 	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2 --timing $(FLAGS)
 
 pytest: $(READY)
-	$(ONE_THREAD) $(BIN)/pytest -n 2 --dist loadgroup --ignore tests/test_site.py
+	$(ONE_THREAD) $(BIN)/pytest -n 4 --dist loadgroup --ignore tests/test_site.py
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

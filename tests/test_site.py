@@ -844,7 +844,7 @@ def test_a_class_lists_what_later_cells_give_it(monkeypatch):
     monkeypatch.setattr(processing, 'on_disk', on_disk)
     text = processing.members(InCell)
     assert '{py:method} own()' in text and '{py:method} told' not in text
-    assert 'Told below: [`told`](#incell.told), [`size`](#incell.size).' in text
+    assert 'Told below: [told](#incell.told), [size](#incell.size).' in text
     assert 'Told below' not in processing.members(Whole)
     written = show_doc(Whole.size, renderer=processing.Documented, name='Whole.size')
     assert written._repr_markdown_().startswith('::::::{py:property} Whole.size\n')

@@ -191,7 +191,7 @@ def members(cls) -> str:
         out.append(block(kind, name, f, inspect.getdoc(f)))
     later = [name for name in described(on_disk(cls)) if name not in own]
     if later:
-        links = [f"[{name}](#{cls.__name__.lower()}.{name.lower()})" for name in later]
+        links = [f'[{name}](#{cls.__name__.lower()}.{name.lower()})' for name in later]
         out.append(f'Told below: {", ".join(links)}.\n')
     return '\n'.join(out)
 
