@@ -1,5 +1,8 @@
 """What goes into a run is read, checked and named before anything runs."""
 
+from pathlib import Path
+
+import papermill
 import pytest
 from fewshotmeta.lab.parameters import (
     BadParameters,
@@ -9,6 +12,8 @@ from fewshotmeta.lab.parameters import (
     read_parameters,
 )
 from tiny import notebook, run
+
+EXPERIMENTS = Path(__file__).parents[1] / 'nbs/experiments'
 
 
 def test_read_parameters(tmp_path):
@@ -111,3 +116,10 @@ def test_names(tmp_path):
             run(nb, name=bad)
     assert default_name(dict(n_way=20, data='x y')) == 'data=x-y_n_way=20'
     assert default_name({}) == 'defaults'
+
+
+@pytest.mark.parametrize('path', sorted(EXPERIMENTS.glob('*.ipynb')), ids=lambda path: path.stem)
+def test_papermill_reads_every_parameter_too(path, caplog):
+    "It gives a line up, with a warning in the middle of a run, where a comment has a second `=`."
+    assert set(papermill.inspect_notebook(path)) == set(read_parameters(path))
+    assert not caplog.records
