@@ -82,6 +82,24 @@ def stopped(monkeypatch):
     return run
 
 
+@pytest.fixture
+def resumed(stopped, tmp_path):
+    "`resumed(go, 2, 7)`: `go(folder)`, stopped and begun again, gives the same bytes as at once."
+
+    def run(go, *iterations):
+        whole = go(tmp_path / 'a')
+        for iteration in iterations:
+            stopped(iteration, lambda: go(tmp_path / 'b'))
+        again = go(tmp_path / 'b')
+        for kind in ('theta', 'buffers'):
+            once, twice = getattr(whole, kind), getattr(again, kind)
+            assert once.keys() == twice.keys()
+            assert [k for k in once if not torch.equal(once[k], twice[k])] == []
+        return whole
+
+    return run
+
+
 def mounted(folder, options):
     "A small file system that binds root, too; a visible skip where none can be mounted."
     folder.mkdir()
