@@ -1,7 +1,10 @@
 """Several processes, one meta-batch: torchrun on the CPU."""
 
-import subprocess, sys
-import pytest, torch
+import subprocess
+import sys
+
+import pytest
+import torch
 from conftest import ROOT
 from fewshotmeta.data.files import read_json
 from fewshotmeta.engine.ranks import Ranks
@@ -16,16 +19,16 @@ import torch
 import fewshotmeta.training.fit as training
 from fewshotmeta.all import *
 
-method, folder, iterations, stop = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+folder, iterations, stop, methods = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
 gen = torch.Generator().manual_seed(0)
 images = torch.randint(0, 256, (1000, 1, 16, 16), generator=gen, dtype=torch.uint8)
 names = [f'class{i:02d}' for i in range(40)]
 bank = ImageBank(images, range(0, 1000, 25), [25] * 40, names, name='noise')
-norm = dict(norm='per_step', norm_steps=2) if method == 'mamlpp' else {}
-body = conv4(size=16, filters=8, **norm)
 
 
 def made(method):
+    norm = dict(norm='per_step', norm_steps=2) if method == 'mamlpp' else {}
+    body = conv4(size=16, filters=8, **norm)
     if method == 'maml':
         return MAML(body, 5, inner_lr=0.1)
     if method == 'mamlpp':
@@ -46,7 +49,6 @@ class In64(EpisodeSampler):
 
 
 tasks = In64(bank, 5, 1, 2, seed=0)
-learner = to_dtype(made(method), torch.float64)
 step = training._Loop.step
 
 
@@ -63,74 +65,81 @@ def stopping(self):
 training._Loop.step = stopping
 every = dict(valid_every=4, save_every=2, log_every=2)
 options = dict(meta_lr=3e-3, schedule='cosine', clip=10.0, valid=tasks, valid_tasks=4) | every
-run = fit(learner, tasks, iterations, meta_batch=5, checkpoint=folder, progress=False, **options)
-if Ranks().first:
-    print('done', run.iteration)
+for method in methods:
+    learner, place = to_dtype(made(method), torch.float64), f'{folder}/{method}'
+    run = fit(learner, tasks, iterations, meta_batch=5, checkpoint=place, progress=False, **options)
+    if Ranks().first:
+        print(method, 'done', run.iteration)
 '''
 
 
-def train(tmp_path, ranks, method='maml', folder='run', iterations=8, stop=0):
+METHODS = 'maml', 'mamlpp', 'hidra', 'hypermaml'
+pytestmark = pytest.mark.xdist_group('ranks')  # share the trainings of one process
+
+
+def train(tmp_path, ranks, folder='run', methods=('maml',), stop=0):
+    "Eight iterations of each method, in so many ranks; 0: without torchrun."
     (tmp_path / 'train.py').write_text(SCRIPT)
     launch = [sys.executable]
     if ranks:
-        launch += ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks)]
-    arguments = [tmp_path / 'train.py', method, tmp_path / folder, iterations, stop]
-    command = [*launch, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+        launch += ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', ranks]
+    command = [*launch, tmp_path / 'train.py', tmp_path / folder, 8, stop, *methods]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
 
 
-def same(a, b, eps):
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+    "A folder with what one process gives, a folder for each method."
+    folder = tmp_path_factory.mktemp('alone')
+    done = train(folder, 0, 'one', METHODS)
+    assert done.stdout.count('done 8') == len(METHODS), done.stderr
+    return folder / 'one'
+
+
+def same(a, b, eps=1e-10):
     (ha, ta), (hb, tb) = read_checkpoint(a), read_checkpoint(b)
     assert ha['iteration'] == hb['iteration'] and set(ta) == set(tb)
     for k in ta:
         assert torch.allclose(ta[k].double(), tb[k].double(), atol=eps, rtol=0), k
+    assert len(ha['history']) == len(hb['history'])
     for x, y in zip(ha['history'], hb['history']):
-        assert all(
-            x[k] == pytest.approx(y[k], abs=1e-6)
-            for k in ('iteration', 'loss', 'accuracy', 'lr')
-            if x[k] is not None
-        ) and x['val_accuracy'] == pytest.approx(y['val_accuracy'])
+        for k in ('iteration', 'loss', 'accuracy', 'lr'):
+            assert x[k] == (None if x[k] is None else pytest.approx(y[k], abs=1e-6))
+        assert x['val_accuracy'] == pytest.approx(y['val_accuracy'])
 
 
-@pytest.mark.parametrize('method', ['maml', 'mamlpp', 'hidra', 'hypermaml'])
-def test_ranks_give_what_one_process_gives(tmp_path, method):
+def files(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_ranks_give_what_one_process_gives(tmp_path, alone):
     "Five tasks over two ranks: to rounding, statistics and validation included; one checkpoint."
-    assert 'done 8' in (out := train(tmp_path, 0, method, 'one')).stdout, out.stderr
-    assert 'done 8' in (out := train(tmp_path, 2, method, 'two')).stdout, out.stderr
-    same(tmp_path / 'one', tmp_path / 'two', 1e-10)
-    assert sorted(p.name for p in (tmp_path / 'two').iterdir()) == sorted(
-        p.name for p in (tmp_path / 'one').iterdir()
-    )
+    out = train(tmp_path, 2, 'two', METHODS)
+    for method in METHODS:
+        assert f'{method} done 8' in out.stdout, out.stderr
+        same(alone / method, tmp_path / 'two' / method)
+        assert files(tmp_path / 'two' / method) == files(alone / method)
 
 
-def test_resume_on_another_number_of_ranks(tmp_path):
+def test_resume_on_another_number_of_ranks(tmp_path, alone):
     "Begun on one, continued on three, finished on two. And more ranks than tasks."
-    train(tmp_path, 0, folder='one')
-    assert (
-        train(tmp_path, 0, stop=2).returncode
-        and read_checkpoint(tmp_path / 'run')[0]['iteration'] == 2
-    )
-    assert (
-        train(tmp_path, 3, stop=4).returncode
-        and read_checkpoint(tmp_path / 'run')[0]['iteration'] == 4
-    )
-    assert 'done 8' in (out := train(tmp_path, 2)).stdout, out.stderr
-    same(tmp_path / 'one', tmp_path / 'run', 1e-10)
-    assert 'done 8' in (out := train(tmp_path, 6, folder='six')).stdout, out.stderr
-    same(tmp_path / 'one', tmp_path / 'six', 1e-10)
+    for ranks, stop in (0, 2), (3, 4):
+        assert train(tmp_path, ranks, stop=stop).returncode
+        assert read_checkpoint(tmp_path / 'run/maml')[0]['iteration'] == stop
+    for ranks, folder in (2, 'run'), (6, 'six'):
+        assert 'done 8' in (out := train(tmp_path, ranks, folder)).stdout, out.stderr
+        same(alone / 'maml', tmp_path / folder / 'maml')
 
 
 def test_what_one_rank_is_told_all_do(tmp_path):
     "Ctrl-C that reaches one rank stops all after the same iteration; an error in one ends all."
-    out = train(tmp_path, 2, folder='stopped', stop=-5)
-    assert out.returncode and read_checkpoint(tmp_path / 'stopped')[0]['iteration'] == 6, out.stderr
-    assert 'done 8' in train(tmp_path, 2, folder='stopped').stdout
-    out = train(tmp_path, 2, folder='failed', stop=-3)
-    assert (
-        out.returncode
-        and 'rank 1 has had enough' in out.stderr
-        and read_checkpoint(tmp_path / 'failed')[0]['iteration'] == 2
-    )
+    out = train(tmp_path, 2, 'stopped', stop=-5)
+    assert out.returncode
+    assert read_checkpoint(tmp_path / 'stopped/maml')[0]['iteration'] == 6, out.stderr
+    assert 'done 8' in train(tmp_path, 2, 'stopped').stdout
+    out = train(tmp_path, 2, 'failed', stop=-3)
+    assert out.returncode and 'rank 1 has had enough' in out.stderr
+    assert read_checkpoint(tmp_path / 'failed/maml')[0]['iteration'] == 2
 
 
 def test_shares():
@@ -146,48 +155,19 @@ def test_shares():
 
 def test_an_experiment_under_torchrun(tmp_path):
     "The runner on two ranks: one result, and the accuracy of one process."
+    sizes = dict(iterations=4, valid_every=2, valid_tasks=4, test_tasks=10, filters=4)
+    sizes |= dict(meta_batch=4, test_steps=1)
     nb = ROOT / 'nbs' / 'experiments' / 'train.ipynb'
-    args = [
-        '-m',
-        'fewshotmeta.lab.command',
-        'run',
-        str(nb),
-        '--runs',
-        str(tmp_path),
-        '-p',
-        'iterations=4',
-        'valid_every=2',
-        'valid_tasks=4',
-        'test_tasks=10',
-        'filters=4',
-        'meta_batch=4',
-        'test_steps=1',
-    ]
-    one = subprocess.run(
-        [sys.executable, *args, '--name', 'x/one'], capture_output=True, text=True, timeout=300
-    )
-    two = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--standalone',
-            '--nproc-per-node',
-            '2',
-            *args,
-            '--name',
-            'x/two',
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    a, b = (read_json(tmp_path / 'x' / n / 'result.json')['metrics'] for n in ('one', 'two'))
-    assert abs(a['test_accuracy']['mean'] - b['test_accuracy']['mean']) < 0.1
-    assert sorted(p.name for p in (tmp_path / 'x' / 'two').iterdir()) == [
-        'checkpoint.safetensors',
-        'metrics.csv',
-        'notebook.ipynb',
-        'result.json',
-    ]
+    args = ['-m', 'fewshotmeta.lab.command', 'run', nb, '--runs', tmp_path, '-p']
+    args += [f'{name}={value}' for name, value in sizes.items()]
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    metrics = []
+    for launch, name in ([], 'one'), (torchrun, 'two'):
+        command = [sys.executable, *launch, *map(str, args), '--name', f'x/{name}']
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        metrics.append(read_json(tmp_path / 'x' / name / 'result.json')['metrics'])
+    one, two = (m['test_accuracy']['mean'] for m in metrics)
+    assert abs(one - two) < 0.1
+    kept = ['checkpoint.safetensors', 'metrics.csv', 'notebook.ipynb', 'result.json']
+    assert files(tmp_path / 'x' / 'two') == kept

@@ -7,6 +7,7 @@ __all__ = ['SCHEDULES', 'OPTIMIZERS', 'constant', 'Cosine', 'MultiStep', 'as_sch
            'adam', 'sgd', 'TrainingSettings']
 
 # %% ../../nbs/training/03_schedules.ipynb #75a55dc0
+import inspect
 import math
 from dataclasses import dataclass
 
@@ -100,13 +101,24 @@ def as_clip(
     return ClipValue(given) if isinstance(given, (int, float)) else given
 
 # %% ../../nbs/training/03_schedules.ipynb #4733eb37
+def _without_compiler(optimizer):
+    "Make an optimizer that steps as PyTorch's does and leaves its compiler unloaded."
+    names = 'add_param_group', 'zero_grad', 'state_dict', 'load_state_dict'
+    own = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
+    own['step'] = torch.no_grad()(inspect.unwrap(optimizer.step))
+    return type(optimizer.__name__, (optimizer,), own)
+
+
+_Adam, _SGD = map(_without_compiler, (torch.optim.Adam, torch.optim.SGD))
+
+
 def adam(
     params: list,  # to be updated in place
     lr: float,  # learning rate, before the schedule's factor
     betas: tuple,  # decay of the two moments
 ) -> torch.optim.Optimizer:
     "Make Adam, as one fused operation on a GPU."
-    return torch.optim.Adam(params, lr, betas, fused=params[0].is_cuda or None)
+    return _Adam(params, lr, betas, fused=params[0].is_cuda or None)
 
 
 def sgd(
@@ -115,7 +127,7 @@ def sgd(
     betas: tuple,  # Adam's alone: not used
 ) -> torch.optim.Optimizer:
     "Make plain gradient descent, without momentum."
-    return torch.optim.SGD(params, lr)
+    return _SGD(params, lr)
 
 
 OPTIMIZERS = dict(adam=adam, sgd=sgd)
