@@ -244,6 +244,41 @@ def test_ctrl_c_waits_for_the_end_of_the_iteration(train, valid, tmp_path):
     assert same(fitted(train, valid, tmp_path).learner, fitted(train, valid).learner)
 
 
+REPLACE = """
+import os, sys
+target, *others = sys.argv[1:]
+while True:
+    for other in others:
+        os.link(other, target + '.tmp')
+        os.replace(target + '.tmp', target)
+"""
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read(train, tmp_path):
+    "What is read is the old one or the new one, never a header of one and tensors of the other."
+    name, whole = 'checkpoint.safetensors', {}
+    for n in (1, 2):
+        fit(small(), train, n, meta_batch=2, checkpoint=tmp_path / str(n), progress=False)
+        whole[n] = read_checkpoint(tmp_path / str(n))
+    files = [tmp_path / folder / name for folder in ('run', '1', '2')]
+    files[0].parent.mkdir()
+    other = subprocess.Popen([sys.executable, '-S', '-c', REPLACE, *map(str, files)])
+    try:
+        end, seen = time.monotonic() + 60, set()
+        while not files[0].exists():
+            assert time.monotonic() < end and other.poll() is None
+        for _ in range(300):
+            head, tensors = read_checkpoint(files[0].parent)
+            seen.add(head['iteration'])
+            expected = whole[head['iteration']]
+            assert head == expected[0]
+            assert all(torch.equal(tensors[k], expected[1][k]) for k in expected[1])
+    finally:
+        other.kill()
+        other.wait()
+    assert seen == {1, 2}
+
+
 # ---- what is refused
 def test_not_finite_names_the_iteration_and_keeps_the_last_good_state(train, valid, tmp_path):
     class Explode:

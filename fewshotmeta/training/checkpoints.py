@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 
 from ..data.files import BadFile, atomic, seal, unseal, write_json
 from ..data.banks import as_os_error
@@ -126,15 +126,21 @@ class BadCheckpoint(BadFile):
     "A checkpoint that is truncated, altered, or of another run."
 
 
+def _metadata(content):
+    "The texts in the header of a safetensors file: its length in eight bytes, then JSON."
+    size = int.from_bytes(content[:8], 'little')
+    return json.loads(content[8 : 8 + size]).get('__metadata__', {})
+
+
 def read_checkpoint(
     folder: Path,  # of the run
 ) -> tuple[dict, dict]:  # header and tensors
     "Open and check a checkpoint. Raises `BadCheckpoint`."
     path = Path(folder) / 'checkpoint.safetensors'
     try:
-        with safe_open(path, 'pt') as f:
-            head = json.loads((f.metadata() or {}).get('run', '{}'))
-            tensors = {k: f.get_tensor(k).clone() for k in f.keys()}
+        content = path.read_bytes()  # at once: it may be replaced while it is read
+        tensors = {k: v.clone() for k, v in load(content).items()}
+        head = json.loads(_metadata(content).get('run', '{}'))
         if head:
             head = unseal(head, 'its header')
     except (SafetensorError, ValueError, OSError) as e:
