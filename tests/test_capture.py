@@ -219,7 +219,13 @@ def test_a_loss_that_is_not_finite_is_found_late_but_before_the_checkpoint(
 
 LEAN = [*VARIANTS, dict(order=1), dict(order=1, norm='support')]
 # test_maml records every variant; recorded and recomputed, those whose steps keep other things
-LEAN_AND_RECORDED = [{}, dict(order=1), dict(norm='per_step', norm_steps=3)]
+LEAN_AND_RECORDED = [
+    {},
+    dict(order=1),
+    dict(norm='support'),
+    dict(norm='per_step', norm_steps=3),
+    dict(adapts=head_only),
+]
 PAIRS = [(kw, plan) for plan in ('loop', 'batched') for kw in LEAN]
 PAIRS += [(kw, 'graph') for kw in LEAN_AND_RECORDED]
 

@@ -13,7 +13,7 @@ import tomllib
 import pytest
 from conftest import ROOT
 from house import CELL, cells_of, codes_of, layout_faults, length_faults, plain, rooms, source
-from house import wall_faults
+from house import WIDEST, wall_faults
 
 PACKAGE = ROOT / 'fewshotmeta'
 NOTEBOOKS = sorted(
@@ -90,6 +90,13 @@ def test_cells_are_laid_out_to_be_read(path):
 @pytest.mark.parametrize('path', SCRIPTS, ids=stem)
 def test_scripts_are_laid_out_to_be_read(path):
     assert layout_faults(path.name, path.read_text()) == []
+
+
+@pytest.mark.parametrize('path', sorted(PACKAGE.glob('*/*.py')), ids=stem)
+def test_exported_lines_are_no_wider(path):
+    "A page's subtitle becomes a docstring. Only `__all__` is wider: nbdev wraps it at 120 columns."
+    text = re.sub(r'^__all__ = \[.*?\]$', '', path.read_text(), flags=re.M | re.S)
+    assert [line for line in text.splitlines() if len(line) > WIDEST] == []
 
 
 def test_what_a_layout_must_not_have_is_found():

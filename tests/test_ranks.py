@@ -104,7 +104,7 @@ def same(a, b, eps=1e-10):
     assert len(ha['history']) == len(hb['history'])
     for x, y in zip(ha['history'], hb['history']):
         for k in ('iteration', 'loss', 'accuracy', 'lr'):
-            assert x[k] == (None if x[k] is None else pytest.approx(y[k], abs=1e-6))
+            assert x[k] == pytest.approx(y[k], abs=1e-6)
         assert x['val_accuracy'] == pytest.approx(y['val_accuracy'])
 
 

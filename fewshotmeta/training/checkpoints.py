@@ -139,7 +139,7 @@ def read_checkpoint(
     path = Path(folder) / 'checkpoint.safetensors'
     try:
         content = path.read_bytes()  # at once: it may be replaced while it is read
-        tensors = {k: v.clone() for k, v in load(content).items()}
+        tensors = load(content)
         head = json.loads(_metadata(content).get('run', '{}'))
         if head:
             head = unseal(head, 'its header')
