@@ -148,6 +148,21 @@ def test_an_ensemble_of_the_best_two(train, valid):
 
 
 # ---- resume
+@pytest.fixture(scope='module')
+def never_stopped(noise_bank, tmp_path_factory):
+    "`never_stopped(norm='per_step', …)` is a training that nothing interrupts, made once."
+    made, train = {}, EpisodeSampler(noise_bank, 5, 1, 3, seed=0)
+
+    def run(**kw):
+        key = str(kw)
+        if key not in made:
+            folder = tmp_path_factory.mktemp('never_stopped')
+            made[key] = fitted(train, train(seed=99), folder, small(**kw))
+        return made[key]
+
+    return run
+
+
 def test_any_number_of_workers_gives_the_same_bytes(train, valid):
     runs = [fitted(train, valid, plan=Plan('p', 1, w)).learner for w in (1, 2, 3)]
     assert same(runs[0], runs[1]) and same(runs[0], runs[2])
@@ -158,9 +173,9 @@ def test_any_number_of_workers_gives_the_same_bytes(train, valid):
 @pytest.mark.parametrize(
     'polite', [True, False], ids=['one Ctrl-C', 'in the middle of an iteration']
 )
-def test_stopped_anywhere(train, valid, tmp_path, monkeypatch, stop, kw, polite):
+def test_stopped_anywhere(train, valid, tmp_path, monkeypatch, never_stopped, stop, kw, polite):
     "Ctrl-C is saved at the end of its iteration; what strikes inside one loses it."
-    whole = fitted(train, valid, tmp_path / 'a', small(**kw))
+    whole = never_stopped(**kw)
     step = training._Loop.step
 
     def stopping(self):
@@ -173,9 +188,9 @@ def test_stopped_anywhere(train, valid, tmp_path, monkeypatch, stop, kw, polite)
     with monkeypatch.context() as m:
         m.setattr(training._Loop, 'step', stopping)
         with pytest.raises(KeyboardInterrupt):
-            fitted(train, valid, tmp_path / 'b', small(**kw))
-    assert read_checkpoint(tmp_path / 'b')[0]['iteration'] == (stop if polite else stop // 6 * 6)
-    again = fitted(train, valid, tmp_path / 'b', small(**kw))
+            fitted(train, valid, tmp_path, small(**kw))
+    assert read_checkpoint(tmp_path)[0]['iteration'] == (stop if polite else stop // 6 * 6)
+    again = fitted(train, valid, tmp_path, small(**kw))
     assert same(whole.learner, again.learner)
     assert without_seconds(whole.history) == without_seconds(again.history)
 

@@ -12,6 +12,8 @@ from dataclasses import replace
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..data.episodes import Episodes
@@ -60,8 +62,10 @@ class Recorded:
 def _traced(self: Recorded, f, how):
     "The operations of `f` as a function. Raises `CannotRecord`."
     tensors = *self.fixed, *self.varying
+    stand_ins = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
     try:
-        module = make_fx(f)(*tensors)
+        with tracing(stand_ins):
+            module = make_fx(f)(*tensors)
     except RuntimeError as e:
         if 'get value out of a tracing tensor' not in str(e):
             raise
