@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # small tensors, and worker threads of our own: one arithmetic thread each
 ONE_THREAD := OMP_NUM_THREADS=1
+# two notebooks at a time on two cores: a worker each
+ONE_WORKER := FEWSHOTMETA_WORKERS=1
 # cells and tests on real data run where there is any
 FLAGS := $(if $(FEWSHOTMETA_DATA),--flags data,)
 
@@ -60,10 +62,10 @@ readme-check: $(READY)
 	$(BIN)/python tests/readme.py
 
 notebooks: $(READY)
-	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2 --timing $(FLAGS)
+	$(ONE_THREAD) $(ONE_WORKER) $(BIN)/nbdev_test --n_workers 2 --timing $(FLAGS)
 
 pytest: $(READY)
-	$(ONE_THREAD) $(BIN)/pytest -n 4 --dist loadgroup --ignore tests/test_site.py
+	$(ONE_THREAD) $(BIN)/pytest -n 6 --dist loadgroup --ignore tests/test_site.py
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
