@@ -24,7 +24,9 @@ run: $(READY)
 	  inner_lr=0.1 meta_lr=0.003 schedule=cosine meta_batch=4 iterations=600 \
 	  valid_every=200 valid_tasks=100 test_tasks=200 scale=short
 
-test: clean-check export-check readme-check notebooks pytest
+# the notebooks beside the tests, which wait now and then
+test: clean-check export-check readme-check
+	$(MAKE) --no-print-directory -j2 notebooks pytest
 
 # the site, built from clean and read in a browser
 test-site: $(READY)
@@ -65,7 +67,7 @@ notebooks: $(READY)
 	$(ONE_THREAD) $(ONE_WORKER) $(BIN)/nbdev_test --n_workers 2 --timing $(FLAGS)
 
 pytest: $(READY)
-	$(ONE_THREAD) $(BIN)/pytest -n 6 --dist loadgroup --ignore tests/test_site.py
+	$(ONE_THREAD) $(BIN)/pytest -n 4 --dist loadgroup --ignore tests/test_site.py
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

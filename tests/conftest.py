@@ -3,7 +3,12 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
+
+# what nbformat checks files by builds a grammar of internationalised addresses, if it finds that
+# package: more than a second in each process, and notebooks have none
+sys.modules.setdefault('rfc3987_syntax', None)
 
 import pytest
 import torch

@@ -22,6 +22,13 @@ from fewshotmeta.training.checkpoints import read_checkpoint
 from tiny import PARAMETERS, REPORT, files, folder_of, notebook, run
 
 TRAIN = ROOT / 'nbs' / 'experiments' / 'train.ipynb'
+
+
+@pytest.fixture(autouse=True)
+def one_worker(monkeypatch):
+    "A kernel computes by one worker: `make test` runs several tests at a time."
+    monkeypatch.setenv('FEWSHOTMETA_WORKERS', '1')
+
 SMALL = dict(
     iterations=2, valid_every=2, valid_tasks=2, test_tasks=3, test_steps=1, filters=4, meta_batch=2
 )

@@ -193,7 +193,8 @@ def _build_emnist(root, size, resize, margin, invert):
         x = 255 - x
     count = np.bincount(y, minlength=62)
     start = np.cumsum(count) - count
-    return ImageBank(torch.from_numpy(x)[:, None], start, count, EMNIST_CLASSES, name='emnist')
+    facts = dict(name='emnist', reading=dict(resize=resize, margin=margin, invert=invert))
+    return ImageBank(torch.from_numpy(x)[:, None], start, count, EMNIST_CLASSES, **facts)
 
 # %% ../../nbs/data/05_datasets.ipynb #c0000e1d
 @DATASETS.register('emnist', parts=(None, 'val', 'test'))

@@ -121,6 +121,7 @@ def glyphs(
     def build():
         bank = _build_glyphs(split, size)
         images = 255 - bank.images if invert else bank.images
-        return ImageBank(images, bank.start, bank.count, bank.classes, name=bank.name)
+        facts = dict(name=bank.name, reading=dict(invert=invert))
+        return ImageBank(images, bank.start, bank.count, bank.classes, **facts)
 
     return cached(made_from, build).with_channels(channels)

@@ -4,16 +4,12 @@
 
 # %% auto #0
 __all__ = ['CROPPED', 'SETTINGS', 'IMAGENET', 'Protocol', 'split_bank', 'Tasks', 'samplers', 'known_options', 'make_learner',
-           'training_batches', 'import_plugin', 'named_values']
+           'training_batches', 'named_values']
 
 # %% ../../nbs/lab/16_protocols.ipynb #c09a76e2
 import ast
-import importlib.util
 import inspect
-import os
-import sys
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ..data.checks import import_rooms, pick
@@ -60,6 +56,9 @@ SETTINGS = dict(
 )
 
 # %% ../../nbs/lab/16_protocols.ipynb #df404654
+import_rooms('fewshotmeta.data')  # each room registers its data sets
+
+
 def split_bank(
     data: str,  # a data set's name, or a folder with train, val and test in it
     part: str,  # one of `PARTS`
@@ -167,7 +166,9 @@ def make_learner(
     net = _network(backbone, channels, size, protocol, changes)
     head_init = fixed.small_head if size <= 32 else fixed.large_head
     setting = Setting(sampler.way_range[1], len(sampler.bank), fixed.adapts, head_init, seed)
-    return LEARNERS[method](net, setting, **own)
+    learner = LEARNERS[method](net, setting, **own)
+    learner.card = replace(learner.card, method=method, protocol=protocol)
+    return learner
 
 # %% ../../nbs/lab/16_protocols.ipynb #9b9b46c9
 def _network(backbone, channels, size, protocol, changes):
@@ -193,29 +194,6 @@ def training_batches(
     return learner.training_data(sampler) if hasattr(learner, 'training_data') else sampler
 
 # %% ../../nbs/lab/16_protocols.ipynb #1c9f7901
-def import_plugin(
-    plugin: str,  # a Python file, or the name of a module that can be imported; empty: nothing
-):
-    "Import a file or module of the user's, which registers what is in it. Raises `ValueError`."
-    if not plugin:
-        return
-    if not plugin.endswith('.py'):
-        try:
-            importlib.import_module(plugin)
-        except ModuleNotFoundError as e:
-            raise ValueError(f'plugin={plugin!r}: no such module ({e}); a file ends in .py') from e
-        return
-    folders = [Path.cwd(), Path(os.environ.get('FEWSHOTMETA_FROM', '.'))]
-    found = [folder / plugin for folder in folders if (folder / plugin).is_file()]
-    if not found:
-        places = ' nor '.join(str(folder / plugin) for folder in dict.fromkeys(folders))
-        raise ValueError(f'plugin={plugin!r}: neither {places} is a file')
-    spec = importlib.util.spec_from_file_location(found[0].stem, found[0])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[found[0].stem] = module
-    spec.loader.exec_module(module)
-
-
 def named_values(
     items: list,  # of texts `name=value`
 ) -> dict:  # name to value: a number, truth value, list or text

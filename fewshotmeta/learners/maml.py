@@ -20,6 +20,7 @@ from ..data.checks import Registry, check_size, pick
 from ..engine.layers import task_linear
 from ..engine.lean import economical, flatten_stats, unflatten_stats, unroll
 from .norms import Norm, as_norm
+from .cards import Card
 from .heads import HEAD, Rows
 
 # %% ../../nbs/learners/10_maml.ipynb #d3e689ee
@@ -118,6 +119,7 @@ class MAML:
         theta = backbone.init(gen) | self.head.fresh(backbone.out_features, head_init, gen)
         self.theta = {k: v.requires_grad_() for k, v in theta.items()}
         self.buffers = backbone.buffers()
+        self.card = Card()
 
 # %% ../../nbs/learners/10_maml.ipynb #979d32dc
 def _check_maml(backbone, n_way, inner_lr, inner_steps, order, reduction, head):

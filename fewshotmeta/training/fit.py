@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,22 +22,13 @@ from ..data.episodes import EpisodeSampler
 from ..engine.plans import Plan, plan_for
 from ..engine.capture import CannotRecord, Recorder
 from ..engine.ranks import Ranks
+from ..learners.cards import Card, training_facts
 from .gradient import meta_gradient, replayed_gradient
 from .checkpoints import Run, load_checkpoint, note_progress, save_checkpoint
 from .evaluation import Ensemble, accuracies, check_one_number_of_ways
 from .evaluation import check_trainable_ways, check_ways, with_theta
 from .schedules import OPTIMIZERS, TrainingSettings, as_clip, as_schedule
 from .schedules import constant
-
-# %% ../../nbs/training/04_fit.ipynb #4238b842
-from .checkpoints import Run, load_checkpoint, note_progress, save_checkpoint
-from .evaluation import Ensemble, accuracies, with_theta
-from .evaluation import check_one_number_of_ways, check_ways
-from .evaluation import check_trainable_ways
-from .gradient import meta_gradient, replayed_gradient
-from .schedules import OPTIMIZERS, SCHEDULES, TrainingSettings
-from .schedules import ClipNorm, ClipValue, Cosine, MultiStep, constant
-from .schedules import as_clip, as_schedule
 
 # %% ../../nbs/training/04_fit.ipynb #1a6df96b
 class _Loop:
@@ -375,6 +367,9 @@ def _fitted(learner, train, valid, settings, checkpoint, progress):
     ranks = Ranks()
     ranks.check_device(params[0].device)
     _begin(run, checkpoint, config, ranks)
+    known = dict(iterations=settings.iterations, meta_batch=settings.meta_batch)
+    card = getattr(learner, 'card', Card())
+    learner.card = replace(card, **training_facts(train), **known)
     folder = checkpoint if ranks.first else None
     with _bar(run.iteration, settings.iterations, progress and ranks.first) as bar:
         _Loop(run, train, valid, settings, bar, folder, config).to_the_end()
