@@ -335,7 +335,7 @@ def test_truncated_altered_foreign_checkpoints(train, valid, tmp_path):
     with pytest.raises(BadCheckpoint):
         fitted(train, valid, tmp_path)
     save_file({'x': torch.zeros(2)}, path)
-    with pytest.raises(BadCheckpoint, match='not a checkpoint of this version'):
+    with pytest.raises(BadCheckpoint, match='is not a checkpoint: delete it'):
         fitted(train, valid, tmp_path)
     path.write_bytes(whole)
     fitted(train, valid, tmp_path)
