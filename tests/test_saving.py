@@ -80,6 +80,13 @@ def test_an_ensemble(tmp_path):
     assert logits(load_learner(tmp_path / 'x.safetensors')).equal(logits(both))
 
 
+def test_it_lies_where_it_is_asked_for(tmp_path):
+    save_learner(made('mamlpp', 'per_step'), tmp_path / 'x.safetensors')
+    there = load_learner(tmp_path / 'x.safetensors', device='meta')
+    values = [*there.theta.values(), *there.buffers.values()]
+    assert there.buffers and {v.device.type for v in values} == {'meta'}
+
+
 def test_a_damaged_byte_anywhere_is_refused(tmp_path):
     "Every 97th byte, and each of the first 64."
     file = tmp_path / 'x.safetensors'

@@ -21,7 +21,7 @@ from ..engine.layers import channels_last
 from ..learners.backbones import BACKBONES
 from ..learners.cards import card_of
 from ..learners.maml import MAML
-from .checkpoints import read_tensors, save_tensors, under_prefix
+from .checkpoints import APART, read_tensors, save_tensors, under_prefix
 from .evaluation import Ensemble
 
 # %% ../../nbs/training/10_saving.ipynb #772c9cbf
@@ -130,7 +130,6 @@ def _made(cls, given):
 
 # %% ../../nbs/training/10_saving.ipynb #0c1788e1
 LEARNER = 'fewshotmeta learner 1'
-_APART = 'theta', 'buffers', 'card'  # attributes with a place of their own in the file
 
 
 def _members(learner):
@@ -140,7 +139,7 @@ def _members(learner):
 
 def _as_header(learner):
     "What one learner is besides its arrays and its card."
-    attributes = {k: _as_json(v) for k, v in vars(learner).items() if k not in _APART}
+    attributes = {k: _as_json(v) for k, v in vars(learner).items() if k not in APART}
     return dict(
         piece=_name(type(learner)),
         attributes=attributes,
@@ -172,7 +171,6 @@ def save_learner(
         format=LEARNER,
         card=asdict(card),
         members=[_as_header(one) for one in members],
-        plugins=dict(PLUGINS),
     )
     save_tensors(Path(path), 'learner', head, tensors)
 
