@@ -802,3 +802,51 @@ def test_committed_results_belong_to_their_batch_file(path):
     for f in (ROOT / 'runs' / path.stem).glob('*/result.json'):
         if '_smoke' not in f.parent.name:
             assert state_of(planned[f.parent.name]).done, f
+
+
+# ---- runs that begin from another's learner
+
+OBEY_AND_KEEP = (OBEY, 'run_folder().joinpath("learner.safetensors").write_text("")', REPORT)
+ASKS = PARAMETERS + '\nlearner = ""'
+
+
+def test_a_learner_is_made_first_and_once(batch):
+    "By two workers, for rows of two files; what begins from a failed run fails, and says so."
+    runs = dict(
+        late=dict(learner='made'), broken=dict(learner='bad'), made={}, bad=dict(name='raise')
+    )
+    path = batch(runs, parameters=ASKS, cells=(*SLOW[:2], *OBEY_AND_KEEP))
+    beside = path.with_name('other.yaml')
+    beside.write_text('experiment: exp.ipynb\nruns: {far: {learner: table/made}}')
+    assert [(p.name, p.asked) for p in planned(beside)] == [
+        ('table/made_smoke', False),
+        ('other/far_smoke', True),
+    ]
+    both = planned(path) + [p for p in planned(beside) if p.asked]
+    states = outcomes(both, jobs=2)
+    assert states.pop('bad_smoke').kind == states['broken_smoke'].kind == 'failed'
+    words = 'learner: it begins from the learner of table/bad_smoke, which is failed'
+    assert states.pop('broken_smoke').note.startswith(words)
+    assert {s.kind for s in states.values()} == {'done'}
+    order = traces(path)
+    assert sorted(order) == ['bad_smoke', 'far_smoke', 'late_smoke', 'made_smoke']
+    assert order.index('made_smoke') < min(order.index('late_smoke'), order.index('far_smoke'))
+    far = read_json(path.parent / 'runs' / 'other' / 'far_smoke' / 'result.json')
+    assert far['params']['learner'] == 'table/made_smoke'
+
+    assert [why for why in todo(planned(beside), Options(force=True)).values()] == ['again']
+    (path.parent / 'runs' / 'table' / 'made_smoke' / 'learner.safetensors').unlink()
+    again = outcomes([p for p in planned(beside) if p.asked], force=True)['far_smoke']
+    assert 'has no learner.safetensors: make it again with --force' in again.note
+
+
+def test_a_learner_of_no_row_is_a_file_or_a_run(batch):
+    path = batch(dict(a=dict(learner='far/away_short'), b=dict(learner='x.st')), parameters=ASKS)
+    assert [p.params['learner'] for p in planned(path)] == ['far/away_short', 'x.st']
+    path = batch(
+        dict(a=dict(scales=dict(short=False)), b=dict(learner='a')),
+        parameters=ASKS,
+        scales=dict(short={}),
+    )
+    with pytest.raises(BadBatch, match='runs: a: left out at short, but b begins from it'):
+        planned(path)

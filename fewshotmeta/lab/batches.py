@@ -10,7 +10,7 @@ import fnmatch
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -167,6 +167,8 @@ class Planned:
     given: dict  # parameters that differ from the notebook's defaults
     params: dict  # all parameters
     runs: Path  # the folder of all runs
+    needs: 'Planned | None' = None  # whose learner it begins from; none: no run's of a batch
+    asked: bool = True  # whether it was asked for; else another run needs it
 
     @property
     def name(self) -> str:
@@ -178,23 +180,81 @@ class Planned:
         "Where its result is."
         return self.runs / self.experiment / self.slug
 
+# %% ../../nbs/lab/06_batches.ipynb #b7a03c52
+_LEARNERS = 'learner', 'start'  # parameters that name a trained learner
+
+
+def _of_row(path, doc, row, scale, runs, above=()):
+    "The runs of one row of a batch file."
+    place = f'{path}: runs: {row}:'
+    if (path.stem, row) in above:
+        raise BadBatch(f'{place} it would begin from its own learner')
+    above = (*above, (path.stem, row))
+    notebook, parameters = _experiment(path, doc)
+    one = doc | dict(runs={row: doc['runs'][row]})
+    planned = []
+    for slug, given, params in _expanded(one, scale, parameters, f'{path}:'):
+        needs = None
+        for name in _LEARNERS:
+            if source := _source(given.get(name), path, doc, scale, runs, above):
+                needs = _of_seed(source, params.get('seed'), f'{place} {name}={given[name]!r}:')
+                given, params = (values | {name: needs.name} for values in (given, params))
+        planned.append(Planned(path.stem, slug, notebook, given, params, runs, needs))
+    return planned
+
+# %% ../../nbs/lab/06_batches.ipynb #b7a03c53
+def _source(value, path, doc, scale, runs, above):
+    "The runs of the row that a learner is named by; none if it is named otherwise."
+    if not isinstance(value, str):
+        return None
+    stem, _, row = value.rpartition('/')
+    if stem and stem != path.stem:
+        path = path.with_name(f'{stem}.yaml')
+        if not path.is_file():
+            return None
+        doc = _load(path)
+    if row not in doc['runs']:
+        return None
+    found = _of_row(path, doc, row, _scale(doc, scale, f'{path}:'), runs, above)
+    if not found:
+        raise BadBatch(f'{path}: runs: {row}: left out at {scale}, but {above[-1][1]} begins from it')
+    return found
+
+
+def _of_seed(planned, seed, place):
+    "The run with a seed, or the only one."
+    same = [p for p in planned if p.params.get('seed') == seed]
+    if len(same) == 1 or len(planned) == 1:
+        return (same or planned)[0]
+    raise BadBatch(f'{place} {len(planned)} runs, none of them with seed={seed}')
+
+
+def _in_order(planned):
+    "The same runs, each behind the one that it begins from, which may be of another file."
+    first, found = {p.name: p for p in planned}, {}
+    for p in planned:
+        chain = [p]
+        while chain[0].needs:
+            chain.insert(0, chain[0].needs)
+        for one in chain:
+            found.setdefault(one.name, first.get(one.name) or replace(one, asked=False))
+    return list(found.values())
+
 # %% ../../nbs/lab/06_batches.ipynb #ec2b6e6c
 def read_batch(
     path,  # the YAML file
     scale: str = '',  # smoke, short or paper; none: short, or the file's first one
     only: str = '*',  # a pattern for the names of the runs
     runs=None,  # the folder of all runs; none: `runs` in the project
-) -> list[Planned]:  # in the file's order
+) -> list[Planned]:  # each after what it begins from
     "Read the runs of a batch file. Raises `BadBatch`, naming the place."
     path = Path(path)
     doc = _load(path)
     where = f'{path}:'
-    notebook, parameters = _experiment(path, doc)
+    notebook, _ = _experiment(path, doc)
     scale = _scale(doc, scale, where)
     runs = Path(runs or project_folder(notebook) / 'runs')
-    planned = []
-    for slug, given, params in _expanded(doc, scale, parameters, where):
-        planned.append(Planned(path.stem, slug, notebook, given, params, runs))
+    planned = [p for row in doc['runs'] for p in _of_row(path, doc, row, scale, runs)]
     slugs = [p.slug for p in planned]
     if twice := sorted(slug for slug, n in Counter(slugs).items() if n > 1):
         raise BadBatch(f'{where} two runs would be called {twice[0]}')
@@ -202,7 +262,7 @@ def read_batch(
     if not chosen:
         more = ' …' if len(slugs) > 8 else ''
         raise BadBatch(f'{where} no run matches {only!r}; there are {", ".join(slugs[:8])}{more}')
-    return chosen
+    return _in_order(chosen)
 
 # %% ../../nbs/lab/06_batches.ipynb #3c5ccb0f
 def _experiment(path, doc):

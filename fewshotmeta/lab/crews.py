@@ -20,7 +20,7 @@ from ..data.files import write_json
 from .provenance import timestamp
 from .batches import Planned
 from .states import State, state_of
-from .work import Work, record_failure
+from .work import Work, record_failure, row_of
 
 # %% ../../nbs/lab/09_crews.ipynb #825612e6
 class Crew:
@@ -42,7 +42,7 @@ class Crew:
 
     def wanted(self, p: Planned, s: State) -> bool:
         "Whether a run still has to be made, or watched."
-        if self.options.force or self.options.stale and s.done:
+        if p.asked and (self.options.force or self.options.stale and s.done):
             return self.wanted_again(s)
         return s.to_be_made(self.since)
 
@@ -74,11 +74,9 @@ def write_orders(
     "Write the workers' orders into a file."
     options, again, rows = self.options, [], []
     for p in runs:
-        if options.force or options.stale and state_of(p).done:
+        if p.asked and (options.force or options.stale and state_of(p).done):
             again.append(p.name)
-        row = dict(experiment=p.experiment, slug=p.slug, given=p.given, params=p.params)
-        row |= dict(notebook=str(p.notebook.absolute()), runs=str(p.runs.absolute()))
-        rows.append(row)
+        rows.append(row_of(p))
     orders = dict(runs=rows, again=again, since=self.since, began=self.began)
     orders |= dict(limit=options.limit, executor=options.executor, batch=os.getpid())
     file = self.folder / f'orders{len(self.jobs)}.json'

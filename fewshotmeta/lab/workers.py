@@ -64,9 +64,9 @@ def todo(
     why = {}
     for p in planned:
         s = state_of(p, queue)
-        if options.force:
+        if options.force and p.asked:
             why[p] = 'again'
-        elif s.stale and options.stale:
+        elif s.stale and options.stale and p.asked:
             why[p] = f'again: {s.note}'
         elif s.to_be_made():
             why[p] = _REASONS[s.kind]
@@ -89,7 +89,7 @@ def run_batch(
         raise
     states = {p: state_of(p, crew.queue()) for p in planned}
     for p in why:
-        if states[p].done and crew.wanted_again(states[p]):
+        if p.asked and states[p].done and crew.wanted_again(states[p]):
             note = f'it was to be made again, and was not; logs are in {crew.folder}'
             states[p] = State('stopped', note)
     if all(s.done for s in states.values()):

@@ -203,6 +203,8 @@ def config(
         clip=plain_value(self.clip),
         betas=list(self.betas),
     )
+    if start := getattr(getattr(learner, 'card', None), 'start', ''):
+        what['start'] = start
     if self.plan and self.plan.precision != 'float32':
         what['precision'] = self.plan.precision
     tasks = f'{self.valid_tasks} every {self.valid_every}'
