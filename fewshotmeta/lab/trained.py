@@ -20,7 +20,7 @@ from .protocols import split_bank
 # %% ../../nbs/lab/18_trained.ipynb #87bf1af7
 def keep_learner(
     learner,  # as it was tested, or an `Ensemble`
-    result,  # its `Evaluation`
+    result,  # its `Evaluation`, or what was found in words
     scale: str,  # of the run
 ) -> None:
     "Write the learner into the folder of the run; outside a run, nothing. Raises `OSError`."

@@ -35,6 +35,7 @@ class Card:
     digest: str = ''  # of that bank
     classes: tuple = ()  # the bank's, by name
     images: Images | None = None  # how that bank's images were prepared
+    ways: tuple = ()  # the fewest and the most classes of a training task
     tasks: str = ''  # ways and shots of its training
     iterations: int = 0  # of the outer loop
     meta_batch: int = 0  # tasks an iteration
@@ -89,7 +90,7 @@ def training_facts(
         low, high = ways
         tasks = f'{low if low == high else f"{low} to {high}"}-way {shots}-shot'
     about = dict(data=bank.name, digest=bank.digest, classes=tuple(bank.classes))
-    return about | dict(images=images, tasks=tasks)
+    return about | dict(images=images, tasks=tasks, ways=tuple(ways or ()))
 
 # %% ../../nbs/learners/07_cards.ipynb #85708682
 def card_of(
