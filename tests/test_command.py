@@ -11,6 +11,7 @@ import pytest
 import fewshotmeta
 from conftest import ROOT
 from fewshotmeta.data.files import read_json
+from fewshotmeta.lab.command import main
 from tiny import notebook
 
 TRAIN = ROOT / 'nbs' / 'experiments' / 'train.ipynb'
@@ -55,14 +56,30 @@ def test_run_of_no_notebook(tmp_path):
     assert command('run', tmp_path / 'none.ipynb').returncode == 2
 
 
-def test_a_refusal_of_the_train_notebook_is_said(tmp_path):
-    out = command('run', TRAIN, '--runs', tmp_path, '--name', 'm/x', '-p', 'method=mamal')
-    assert out.returncode == 1
-    assert "method='mamal': choose one of 'maml'" in out.stderr
-    failed = read_json(tmp_path / 'm' / 'x' / 'failed.json')
-    assert failed['kind'] == 'raised'
-    assert "method='mamal': choose one of 'maml'" in failed['error']
-    assert not (tmp_path / 'm' / 'x' / 'checkpoint.safetensors').exists()
+@pytest.mark.parametrize(
+    'given,words',
+    [
+        ('method=mamal', "method='mamal': choose one of 'maml'"),
+        ('method=proto_net test_steps=3', 'takes at most 0: test_steps=0, or -1'),
+        ('test_ways=[7]', 'maml is bound to 5 ways'),
+        ('schedule=cos', "schedule='cos': choose one of 'constant'"),
+        ('clip=1.0 clip_norm=1.0', 'clip=1.0 and clip_norm=1.0: choose one'),
+        ('backbone=vit', "backbone='vit': choose one of"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_a_kernel_starts(tmp_path, capsys, given, words):
+    asked = ['run', str(TRAIN), '--runs', str(tmp_path), '--name', 'm/x', '-p', *given.split()]
+    assert main(asked) == 2
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_row_that_cannot_run_is_named(tmp_path, capsys):
+    (tmp_path / 'train.ipynb').write_bytes(TRAIN.read_bytes())
+    file = tmp_path / 'table.yaml'
+    file.write_text('experiment: train.ipynb\nruns: {fine: {}, bad: {method: r2d2, test_steps: 1}}')
+    assert main(['batch', str(file), '--runs', str(tmp_path / 'runs')]) == 2
+    assert 'table/bad_smoke: test_steps=1, but this learner takes' in capsys.readouterr().err
 
 
 def test_data(tmp_path):

@@ -12,13 +12,18 @@ import nbformat
 import pytest
 import fewshotmeta
 from conftest import ROOT
+from cells import execute
 from fewshotmeta.data.files import read_json
 from fewshotmeta.lab.execution import RESULT_TYPE, RunFailed, run_folder
 from fewshotmeta.lab.locks import RunBusy
 from fewshotmeta.lab.parameters import BadParameters
 from fewshotmeta.lab.provenance import kernels_in_use, package_digest
 from fewshotmeta.lab.runs import run_notebook
+from fewshotmeta.lab.trained import tasks_for
+from fewshotmeta.learners.maml import LEARNERS
 from fewshotmeta.training.checkpoints import read_checkpoint
+from fewshotmeta.training.evaluation import evaluate
+from fewshotmeta.training.saving import load_learner
 from tiny import PARAMETERS, REPORT, files, folder_of, notebook, run
 
 TRAIN = ROOT / 'nbs' / 'experiments' / 'train.ipynb'
@@ -259,6 +264,21 @@ def test_train_notebook_runs_what_no_batch_file_has(tmp_path):
     assert len(digests) == 1  # all methods meet the same test tasks
 
 
+@pytest.mark.parametrize('method', sorted(LEARNERS))
+def test_every_method_runs_by_its_name_alone(tmp_path, method):
+    "Its defaults fit each other, and the learner that was tested is kept."
+    found = execute(TRAIN, tmp_path / 'train' / method, method=method)
+    metrics = found['metrics']
+    assert metrics['test_accuracy']['n'] == 16
+    last = max(int(name.split('_')[-1]) for name in metrics if name.startswith('accuracy_step_'))
+    learner = load_learner(tmp_path / 'train' / method / 'learner.safetensors')
+    assert learner.card.run == f'train/{method}' and learner.card.method == method
+    tasks = tasks_for(learner, 'glyphs')
+    again = evaluate(learner, tasks, 16)
+    assert again.mean == pytest.approx(metrics['test_accuracy']['mean'], abs=1e-7)
+    assert len(again.by_step) == last + 1 and again.digest == found['episodes_digest']
+
+
 def check_training(result, ways):
     accuracy = result['metrics']['test_accuracy']
     assert result['scale'] == 'smoke'
@@ -297,7 +317,7 @@ def test_train_notebook_on_real_data(tmp_path, real_data, given):
         (dict(schedule='cos'), "schedule='cos'"),
         (dict(norm='per_step', test_steps=3), 'test_steps=3, but this learner takes at most 1'),
         (dict(method='hypermaml', test_steps=2), 'test_steps=2, but this learner takes at most 1'),
-        (dict(test_ways=[7]), 'test_ways=.7., but maml is bound to n_way=5'),
+        (dict(test_ways=[7]), 'test_ways=.7., but maml is bound to 5 ways'),
         (dict(method='hidra', test_ways=[5000]), 'n_way=5000, but'),
         (dict(method='hidra', train_ways=[5]), 'train_ways=.5.: the fewest and the most'),
         (

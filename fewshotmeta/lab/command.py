@@ -17,7 +17,8 @@ from pathlib import Path
 import fewshotmeta
 from ..data.files import cache_folder, data_root, digest_of, unpack
 from ..data.checks import check_size
-from .parameters import BadParameters, parse_value, project_folder, read_parameters
+from .parameters import BadParameters, merge_parameters, parse_value
+from .parameters import project_folder, read_parameters
 from .provenance import device_name, provenance, version_of
 from .locks import RunBusy
 from .execution import RunFailed, format_metric
@@ -58,6 +59,7 @@ def _add_run(subcommands):
 
 def _run(args):
     given = _given(args)
+    _check_combination(args.notebook, given)
     result = run_notebook(args.notebook, given, args.name, args.runs, args.force, limit=args.limit)
     if not int(os.environ.get('RANK', 0)):  # under torchrun the first rank speaks
         _say_result(result, args)
@@ -73,6 +75,21 @@ def _given(args):
             raise BadParameters(f'-p {item}: expected name=value')
         given[name] = parse_value(known[name], text) if name in known else text
     return given
+
+# %% ../../nbs/lab/20_command.ipynb #5d1f0a77
+def _check_combination(notebook, given, where=''):
+    "Refuse, before a kernel starts, what its notebook would refuse. Raises `ValueError`."
+    if not Path(notebook).is_file():
+        return
+    params = merge_parameters(read_parameters(notebook), given)
+    if 'method' not in params:
+        return
+    from fewshotmeta.lab.trained import check_combination
+
+    try:
+        check_combination(params)
+    except ValueError as e:
+        raise BadParameters(f'{where}{e}') from None
 
 # %% ../../nbs/lab/20_command.ipynb #19d864e4
 def _say_result(result, args):
@@ -125,6 +142,8 @@ def _add_batch(subcommands):
 # %% ../../nbs/lab/20_command.ipynb #2e349fca
 def _batch(args):
     planned = read_batch(args.file, args.scale, args.only, args.runs)
+    for p in planned:
+        _check_combination(p.notebook, p.given, f'{p.name}: ')
     gpus, slurm = tuple(_numbers(args.gpus)), _pairs(args.slurm)
     options = Options(args.jobs, gpus, args.executor, args.force, args.stale, args.limit, slurm)
     if args.dry_run:

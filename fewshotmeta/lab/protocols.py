@@ -19,6 +19,7 @@ from ..data.episodes import EpisodeSampler, WaysSampler
 from ..data.augment import CloserLook
 from ..learners.norms import Transductive, as_norm
 from ..learners.backbones import BACKBONES
+from ..learners.cards import training_facts
 from ..learners.maml import LEARNERS, Setting, all_but_norm, everything
 
 # %% ../../nbs/lab/16_protocols.ipynb #4333f00b
@@ -167,7 +168,8 @@ def make_learner(
     head_init = fixed.small_head if size <= 32 else fixed.large_head
     setting = Setting(sampler.way_range[1], len(sampler.bank), fixed.adapts, head_init, seed)
     learner = LEARNERS[method](net, setting, **own)
-    learner.card = replace(learner.card, method=method, protocol=protocol)
+    known = dict(method=method, protocol=protocol, images=training_facts(sampler)['images'])
+    learner.card = replace(learner.card, **known)
     return learner
 
 # %% ../../nbs/lab/16_protocols.ipynb #9b9b46c9
