@@ -1,4 +1,4 @@
-"""The cells of an experiment, executed in this process: what a run does, without a kernel's start."""
+"""The cells of an experiment, executed in this process: a run without the start of a kernel."""
 
 import os
 

@@ -22,7 +22,7 @@ from fewshotmeta.lab.results import all_results, table_of, write_table
 from fewshotmeta.lab.locks import RunBusy, marker, read_marker
 from fewshotmeta.lab.runs import run_notebook
 from fewshotmeta.lab.states import View, state_of
-from fewshotmeta.lab.work import record_failure
+from fewshotmeta.lab.work import planned_of, record_failure, row_of
 from fewshotmeta.lab.workers import Options, run_batch, todo
 from fewshotmeta.training.checkpoints import read_checkpoint
 
@@ -828,6 +828,7 @@ def test_a_learner_is_made_first_and_once(batch):
     words = 'learner: it begins from the learner of table/bad_smoke, which is failed'
     assert states.pop('broken_smoke').note.startswith(words)
     assert {s.kind for s in states.values()} == {'done'}
+    assert planned_of(row_of(both[-1])).needs.name == 'table/made_smoke'
     order = traces(path)
     assert sorted(order) == ['bad_smoke', 'far_smoke', 'late_smoke', 'made_smoke']
     assert order.index('made_smoke') < min(order.index('late_smoke'), order.index('far_smoke'))

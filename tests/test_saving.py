@@ -132,7 +132,7 @@ def test_parts_of_a_plugin_are_named_and_asked_for(tmp_path):
     save_learner(learner, file)
     assert logits(load_learner(file)).equal(logits(learner))
     code = f'from fewshotmeta.all import *\nprint(load_learner({str(file)!r}, plugin=%r))'
-    for given, said in ('', "own_parts, which is not imported"), (str(plugin), 'halved: '):
+    for given, said in ('', 'which is not imported: give it, plugin='), (str(plugin), 'halved: '):
         command = [sys.executable, '-c', code % given]
         done = subprocess.run(command, capture_output=True, text=True)
         assert said in done.stdout + done.stderr

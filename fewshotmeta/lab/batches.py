@@ -217,7 +217,8 @@ def _source(value, path, doc, scale, runs, above):
         return None
     found = _of_row(path, doc, row, _scale(doc, scale, f'{path}:'), runs, above)
     if not found:
-        raise BadBatch(f'{path}: runs: {row}: left out at {scale}, but {above[-1][1]} begins from it')
+        user = above[-1][1]
+        raise BadBatch(f'{path}: runs: {row}: left out at {scale}, but {user} begins from it')
     return found
 
 

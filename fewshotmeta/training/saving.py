@@ -86,7 +86,8 @@ def _as_json(value):
     if hasattr(value, '__qualname__'):
         return {'named': _name(value)}
     if recipe := getattr(value, 'recipe', None):
-        return {'registered': recipe[0], 'with': _as_json(recipe[1])}
+        made_in = BACKBONES[recipe[0]].__module__
+        return {'registered': recipe[0], 'with': _as_json(recipe[1]), 'module': made_in}
     each = {k: _as_json(v) for k, v in _attributes(value).items()}
     return {'piece': _name(type(value)), 'with': each}
 
@@ -167,15 +168,19 @@ def save_learner(
     for i, one in enumerate(members):
         tensors |= {f'{i}/theta/{k}': v.detach().clone() for k, v in one.theta.items()}
         tensors |= {f'{i}/buffers/{k}': v.clone() for k, v in one.buffers.items()}
-    head = dict(
-        format=LEARNER,
-        card=asdict(card),
-        members=[_as_header(one) for one in members],
-    )
+    headers = [_as_header(one) for one in members]
+    plugins = _plugins_in(headers)
+    head = dict(format=LEARNER, card=asdict(card), members=headers, plugins=plugins)
     save_tensors(Path(path), 'learner', head, tensors)
 
 
-_AS_IS = 'classes', 'images', 'iterations', 'meta_batch'  # what is no text on a card
+_AS_IS = 'classes', 'images', 'ways', 'iterations', 'meta_batch'  # what is no text on a card
+
+
+def _plugins_in(headers):
+    "The plugins that define parts of learners: module to the file or name that was imported."
+    text = json.dumps(headers)
+    return {m: file for m, file in PLUGINS.items() if f'"{m}:' in text or f'"{m}"' in text}
 
 # %% ../../nbs/training/10_saving.ipynb #56c96ac4
 def _file_of(source):
@@ -211,6 +216,7 @@ def load_learner(
     path = _file_of(source)
     try:
         head, tensors = read_tensors(path, 'learner', LEARNER)
+        _check_plugins(head.get('plugins', {}))
         members = [
             _member(one, under_prefix(tensors, f'{i}/', device))
             for i, one in enumerate(head['members'])
@@ -220,6 +226,17 @@ def load_learner(
     for one in members:
         one.card = card_of(head['card'])
     return members[0] if len(members) == 1 else Ensemble(members)
+
+
+def _check_plugins(needed):
+    "Refuse a learner whose parts are defined by a plugin that is not imported, naming it."
+    missing = [file for module, file in needed.items() if module not in PLUGINS]
+    if missing:
+        names = ' and '.join(map(repr, missing))
+        raise BadLearner(
+            f'parts of it are defined by the plugin {names}, which is not imported: '
+            f'give it, plugin={missing[0]!r}'
+        )
 
 
 def _what_is_wrong(path, error):
