@@ -401,5 +401,5 @@ def test_every_table_and_figure_has_a_section_with_its_command_and_something_to_
 def test_runs_stay_small():
     assert TRACKED
     for path in TRACKED:
-        assert path.suffix != '.safetensors' or path.name == 'parameters.safetensors', path
+        assert path.suffix != '.safetensors' or path.name == 'learner.safetensors', path
         assert path.stat().st_size <= 1_000_000, path
