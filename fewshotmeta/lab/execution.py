@@ -71,7 +71,7 @@ def report(
     )
     display(_Report(result))
 
-
+# %% ../../nbs/lab/03_execution.ipynb #c47f19d3
 def _metric(name, value):
     "Return a metric as plain numbers, mean, ci95 (or None) and n, and the digest of its tasks."
     tasks = {}
