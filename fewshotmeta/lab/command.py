@@ -28,6 +28,7 @@ from .slurm import slurm_queue
 from .workers import Options, run_batch, todo
 from .results import all_results, group_results, nothing_matches, table_of
 from .results import table_text, write_table
+from .compare import compare
 
 # %% ../../nbs/lab/20_command.ipynb #c37a048e
 _PAIRS = dict(nargs='+', action='extend', default=[], metavar='name=value')  # given once or often
@@ -252,6 +253,19 @@ def _results(args):
         print(table_text(table))
     return 1 if bad else 0
 
+# %% ../../nbs/lab/20_command.ipynb #91f6c3a8
+def _add_compare(subcommands):
+    what = 'compare runs with the first, task by task: the difference and its interval'
+    compared = _subcommand(subcommands, 'compare', _compare, what)
+    names = "experiment/run, a pattern for the seeds of a method as 'table/maml_seed*', or a folder"
+    compared.add_argument('names', nargs='+', metavar='RUN', help=names)
+    compared.add_argument('--metric', default='test_accuracy', help='default: test_accuracy')
+    compared.add_argument('--runs', default='runs', help='folder of all runs')
+
+
+def _compare(args):
+    print(compare(args.names, args.metric, args.runs))
+
 # %% ../../nbs/lab/20_command.ipynb #15c7bc2a
 def _add_data(subcommands):
     what = 'which data sets are there, and how to get those that are not'
@@ -349,7 +363,8 @@ def _parser():
     parser = argparse.ArgumentParser(prog='fewshotmeta', description=what)
     parser.add_argument('--version', action='version', version=_versions())
     subcommands = parser.add_subparsers(required=True)
-    for add in (_add_run, _add_batch, _add_status, _add_results, _add_data, _add_bench):
+    every = _add_run, _add_batch, _add_status, _add_results, _add_compare, _add_data, _add_bench
+    for add in every:
         add(subcommands)
     return parser
 
