@@ -6,7 +6,6 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
 from fewshotmeta.data.files import BadFile, read_json, write_json
 from fewshotmeta.lab.command import main
 from fewshotmeta.lab.compare import Comparison, Difference, Pair, compare, task_accuracies
@@ -28,7 +27,8 @@ test = EpisodeSampler(glyphs('test'), n_way=n_way, k_shot=1, n_query=3)
 options = dict(filters=4, seed=seed, inner_lr=0.4, inner_steps=2)
 own = {k: v for k, v in options.items() if method != 'proto_net' or k in ('filters', 'seed')}
 learner = make_learner(method, test, **own)
-report(test_accuracy=evaluate(learner, test, test_tasks), seconds=1.0)
+fewer = evaluate(learner, test, 4, steps=0)
+report(test_accuracy=evaluate(learner, test, test_tasks), fewer=fewer, seconds=1.0)
 """
 
 
@@ -51,8 +51,11 @@ def test_runs_of_the_runner_by_hand(made):
     last = {}
     for method, step in dict(maml='step_2', proto_net='step_0').items():
         table = pd.read_csv(made / f'demo/{method}_short_seed0/tasks.csv')
-        assert set(table['metric']) == {'test_accuracy'}
-        last[method] = 100 * table[step].to_numpy()
+        rows = table[table['metric'] == 'test_accuracy']
+        last[method] = 100 * rows[step].to_numpy()
+        folder = made / f'demo/{method}_short_seed0'
+        assert task_accuracies(folder, 'fewer').shape == (4, 1)
+        assert task_accuracies(folder).shape == (12, 1 + int(step[-1]))
     found = compare(['demo/maml_short_seed0', 'demo/proto_net_short_seed0'], runs=made)
     (pair,) = found.differences[0].pairs
     points = last['proto_net'] - last['maml']
@@ -228,12 +231,13 @@ def test_runs_of_two_folders(seeds, tmp_path):
     assert (found.reference, found.points) == (before, 0)
 
 
-def test_committed_runs_that_kept_no_tasks_say_so(capsys):
-    names = [f'omniglot/maml_5way_1shot_short_seed{k}' for k in (0, 1)]
-    status = main(['compare', *names, '--runs', str(ROOT / 'runs')])
-    kept = (ROOT / 'runs' / names[0] / 'tasks.csv').is_file()
-    assert status == (0 if kept else 2)
-    assert kept or 'run it again with --force' in capsys.readouterr().err
+def test_a_run_that_is_older_than_tasks(seeds):
+    path = seeds / 'table/hidra_1shot_short_seed1/result.json'
+    old = read_json(path)
+    del old['metrics']['test_accuracy']['tasks']
+    write_json(path, old)
+    with pytest.raises(ValueError, match='has no tasks.csv.*run it again with --force'):
+        compare([MAML, HIDRA], runs=seeds)
 
 
 def test_the_parts_of_a_comparison():
