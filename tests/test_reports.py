@@ -436,6 +436,9 @@ def test_the_command_shows_and_groups(grid, capsys, tmp_path):
     status, out, _ = said('table/maml*', '--by', 'method', 'inner_lr')
     assert status == 0
     assert out.splitlines()[-1].split() == ['maml', '0.1', '0.6200', '±', '0.0200', '3', '600']
+    for name in ('run', 'recipe', 'experiment', 'seed'):  # of the table itself
+        groups = said('table/maml_rate0.1*', '--by', name, 'inner_lr')[1]
+        assert '0.62' in groups
     assert 'n_way=5' not in said('table/*')[1]
     assert 'n_way=5' in said('table/*', '--all-parameters')[1]
     out = said('table/*', '--by', 'recipe', '--every', '--out', str(tmp_path / 'g.csv'))[1]

@@ -147,7 +147,7 @@ def table_text(
     table,  # of `table_of` or `group_results`
 ) -> str:
     "Lay a table out to be read in 100 columns."
-    if 'run' not in table:
+    if 'sd' in table:  # groups
         return _laid_out(table, ['scale', 'metric'])
     shown = table.drop(columns=['run', *_ORIGIN])
     common = [name for name in shown if name not in ('recipe', 'seed', *_NUMBERS)]
