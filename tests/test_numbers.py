@@ -399,7 +399,9 @@ def test_every_table_and_figure_has_a_section_with_its_command_and_something_to_
 
 
 def test_runs_stay_small():
+    "A learner may be larger than other files: HyperMAML's 445,766 parameters are 1.8 MB."
     assert TRACKED
     for path in TRACKED:
-        assert path.suffix != '.safetensors' or path.name == 'learner.safetensors', path
-        assert path.stat().st_size <= 1_000_000, path
+        learner = path.name == 'learner.safetensors'
+        assert path.suffix != '.safetensors' or learner, path
+        assert path.stat().st_size <= (2_000_000 if learner else 1_000_000), path

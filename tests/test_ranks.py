@@ -177,5 +177,5 @@ def test_an_experiment_under_torchrun(tmp_path):
         metrics.append(read_json(tmp_path / 'x' / name / 'result.json')['metrics'])
     one, two = (m['test_accuracy']['mean'] for m in metrics)
     assert abs(one - two) < 0.1
-    kept = ['checkpoint.safetensors', 'metrics.csv', 'notebook.ipynb', 'result.json']
+    kept = ['checkpoint.safetensors', 'metrics.csv', 'notebook.ipynb', 'result.json', 'tasks.csv']
     assert files(tmp_path / 'x' / 'two') == kept

@@ -3,10 +3,12 @@
 import statistics
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 from conftest import ROOT
 from fewshotmeta.data.files import BadFile, write_json
 from fewshotmeta.lab.batches import read_batch
+from fewshotmeta.lab.command import main
 from fewshotmeta.lab.orders import AGREES, OPPOSITE, TOGETHER, orders, orders_table
 from fewshotmeta.lab.reports import (
     NO_DATA,
@@ -18,6 +20,16 @@ from fewshotmeta.lab.reports import (
     every_cell,
     find_runs,
     measured,
+)
+from fewshotmeta.lab.results import (
+    all_results,
+    differing_parameters,
+    group_results,
+    nothing_matches,
+    recipe_name,
+    table_of,
+    table_text,
+    write_table,
 )
 from fewshotmeta.lab.tables import beside_table, wide_table
 
@@ -305,3 +317,139 @@ def test_what_the_paper_cannot_tell_apart_is_not_compared():
     }
     assert orders('MPP-T2', missing) == []
     assert 'has been run yet' in orders_table([])
+
+
+# ---- all results, as a table
+@pytest.fixture
+def grid(runs):
+    "Two methods at two rates, three seeds each but for one; and a batch of one run."
+    results = []
+    for method in ('maml', 'hidra'):
+        for rate in (0.1, 0.01):
+            for k in range(3 if (method, rate) != ('hidra', 0.1) else 1):
+                name, mean = f'{method}_rate{rate}_short_seed{k}', 0.5 + rate + k / 50
+                values = dict(method=method, inner_lr=rate, n_way=5, plan='loop' * k)
+                results.append(result(name, k, mean, **values))
+    alone = result('alone_paper', scale='paper', experiment='other', n_way=20, only_here=[1, 2])
+    return runs(*results, alone)
+
+
+def test_a_column_for_each_parameter_that_differs(grid):
+    results, _ = all_results(grid, 'table/*')
+    assert differing_parameters(results) == ['seed', 'method', 'inner_lr', 'plan']
+    table = table_of(results)
+    names = [*table.columns]
+    assert names[:6] == ['experiment', 'run', 'recipe', 'scale', 'seed', 'metric']
+    assert names[6:12] == ['mean', 'ci95', 'n', 'method', 'inner_lr', 'plan']
+    assert table['recipe'].unique().tolist()[:2] == ['hidra_rate0.01', 'hidra_rate0.1']
+    assert 'n_way' not in table
+    assert set(table_of(results, all_parameters=True)['n_way']) == {5}
+    assert table_of(results, every=True)['metric'].nunique() == 3
+    assert len(table_of(results, every=True)) == 3 * len(table)
+
+
+def test_what_only_one_notebook_has_is_no_column(grid):
+    results, _ = all_results(grid)
+    table = table_of(results)
+    assert 'n_way' in table and 'only_here' not in table
+    all_of_them = table_of(results, all_parameters=True)
+    assert all_of_them['only_here'].dropna().tolist() == ['1,2']
+    assert all_of_them['inner_lr'].isna().sum() == 1
+
+
+def test_a_recipe_has_neither_scale_nor_seed():
+    names = {'maml_short_seed0': 'maml', 'maml_short': 'maml', 'short_seed1_x': 'short_seed1_x'}
+    for run, recipe in names.items():
+        assert recipe_name(result(run)) == recipe
+
+
+def test_files_have_the_same_columns(grid, tmp_path):
+    table = table_of(all_results(grid)[0], all_parameters=True)
+    for name, read in (('t.csv', pd.read_csv), ('t.parquet', pd.read_parquet)):
+        write_table(table, tmp_path / name)
+        again = read(tmp_path / name)
+        assert list(again) == list(table)
+        assert again['mean'].tolist() == table['mean'].tolist()
+        assert again['inner_lr'].tolist()[1:] == table['inner_lr'].tolist()[1:]
+
+
+def test_groups_over_seeds(grid):
+    results, _ = all_results(grid, 'table/*')
+    groups = group_results(results, ['method', 'inner_lr'])
+    assert groups['seeds'].tolist() == [3, 1, 3, 3]
+    assert groups['tasks'].tolist() == [600] * 4
+    assert groups['scale'].tolist() == ['short'] * 4
+    means = [0.51, 0.53, 0.55]
+    assert groups['mean'][0] == pytest.approx(statistics.fmean(means))
+    assert groups['sd'][0] == pytest.approx(statistics.stdev(means))
+    assert pd.isna(groups['sd'][1])
+
+
+def test_no_mean_over_what_is_no_repetition(grid, runs):
+    results, _ = all_results(grid, 'table/*')
+    with pytest.raises(ValueError, match='method=hidra.* more than the seed, in inner_lr: group'):
+        group_results(results, ['method'])
+    runs(result('again_short_seed0', method='maml', inner_lr=0.1, n_way=5, plan=''))
+    results, _ = all_results(grid, 'table/*')
+    with pytest.raises(ValueError, match='again_short_seed0 and maml_.*_seed0 have the same seed'):
+        group_results(results, ['method', 'inner_lr'])
+    with pytest.raises(ValueError, match="no parameter 'iner_lr', did you mean 'inner_lr'"):
+        group_results(results, ['method', 'iner_lr'])
+
+
+def test_scales_are_not_mixed(runs):
+    short, paper = result('maml_short_seed0'), result('maml_paper_seed1', 1, scale='paper')
+    groups = group_results(all_results(runs(short, paper))[0], ['method'])
+    assert groups['scale'].tolist() == ['paper', 'short']
+
+
+def test_a_table_on_a_screen(runs):
+    many = {f'parameter_{i:02d}': i for i in range(20)}
+    other = {name: 10_000 * i for i, name in enumerate(many)}
+    folder = runs(
+        result('maml_short_seed0', same='this', **many),
+        result('maml_other_short_seed1', 1, same='this', **other),
+        result('alone_paper', scale='paper', experiment='last', same='that'),
+    )
+    text = table_text(table_of(all_results(folder)[0]))
+    last, table = text.split('\n\n', 1)
+    assert last.splitlines()[0] == 'experiment=last  scale=paper  metric=test_accuracy  same=that'
+    assert last.splitlines()[2].split() == ['alone', '0', '0.9000', '±', '0.0100', '600']
+    lines = table.splitlines()
+    assert lines[0] == 'experiment=table  scale=short  metric=test_accuracy  same=this'
+    assert max(map(len, lines)) <= 100
+    blocks = table.split('\n\n')
+    assert len(blocks) > 2
+    assert [line.split()[:2] for line in blocks[-1].splitlines()[1:]] == [
+        ['maml_other', '1'],
+        ['maml', '0'],
+    ]
+    heads = ' '.join(block.splitlines()[-3] for block in blocks)
+    assert [name for name in many if name not in heads.split()] == ['parameter_00']
+
+
+def test_the_command_shows_and_groups(grid, capsys, tmp_path):
+    def said(*words):
+        status = main(['results', *words, '--runs', str(grid)])
+        return status, *capsys.readouterr()
+
+    status, out, _ = said('table/maml*', '--by', 'method', 'inner_lr')
+    assert status == 0
+    assert out.splitlines()[-1].split() == ['maml', '0.1', '0.6200', '±', '0.0200', '3', '600']
+    for name in ('run', 'recipe', 'experiment', 'seed'):  # of the table itself
+        groups = said('table/maml_rate0.1*', '--by', name, 'inner_lr')[1]
+        assert '0.62' in groups
+    assert 'n_way=5' not in said('table/*')[1]
+    assert 'n_way=5' in said('table/*', '--all-parameters')[1]
+    out = said('table/*', '--by', 'recipe', '--every', '--out', str(tmp_path / 'g.csv'))[1]
+    assert out.startswith('12 rows')
+    assert pd.read_csv(tmp_path / 'g.csv')['seeds'].max() == 3
+
+
+def test_a_pattern_that_matches_nothing(grid, capsys, tmp_path):
+    for pattern, near in (('nothing/*', ''), ('tabel/*', "did you mean 'table/*'")):
+        assert main(['results', pattern, '--runs', str(grid)]) == 2
+        said = capsys.readouterr().err
+        assert f'matches {pattern!r}' in said and near in said
+        assert 'There are: other/* (1), table/* (10)' in said
+    assert 'no result in' in nothing_matches(tmp_path / 'none', '*')

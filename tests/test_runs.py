@@ -9,12 +9,14 @@ import sys
 import time
 from pathlib import Path
 import nbformat
+import pandas as pd
 import pytest
+import torch
 import fewshotmeta
 from conftest import ROOT
 from cells import execute
 from fewshotmeta.data.files import read_json
-from fewshotmeta.lab.execution import RESULT_TYPE, RunFailed, run_folder
+from fewshotmeta.lab.execution import RESULT_TYPE, RunFailed, report, run_folder
 from fewshotmeta.lab.locks import RunBusy
 from fewshotmeta.lab.parameters import BadParameters
 from fewshotmeta.lab.provenance import kernels_in_use, package_digest
@@ -22,7 +24,7 @@ from fewshotmeta.lab.runs import run_notebook
 from fewshotmeta.lab.trained import tasks_for
 from fewshotmeta.learners.maml import LEARNERS
 from fewshotmeta.training.checkpoints import read_checkpoint
-from fewshotmeta.training.evaluation import evaluate
+from fewshotmeta.training.evaluation import Evaluation, evaluate
 from fewshotmeta.training.saving import load_learner
 from tiny import PARAMETERS, REPORT, files, folder_of, notebook, run
 
@@ -129,6 +131,35 @@ def test_force(copied):
     (folder_of(copied) / 'result.json').write_text('{"params": ')
     with pytest.raises(BadParameters, match='result.json is not whole .*: run again with --force'):
         run(copied, dict(x=4))
+
+
+# ---- the accuracy of each task
+def evaluation(accuracies, digest):
+    "An `Evaluation` of these accuracies, (n, steps+1)."
+    a = torch.tensor(accuracies)
+    by_step = [(a[:, -1].mean().item(), 0.1)] * a.shape[1]
+    return Evaluation(*by_step[-1], len(a), by_step, True, '', '', digest, 0.0, a)
+
+
+def test_tasks_of_metrics_with_unlike_steps(tmp_path, monkeypatch):
+    two, one = evaluation([[0.2, 0.4, 1 / 3]], 'aa'), evaluation([[0.5, 0.6], [0.7, 0.8]], 'bb')
+    monkeypatch.chdir(tmp_path)
+    report(first=two, plain=1.5, second=one)  # as in JupyterLab: no run
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv('FEWSHOTMETA_RUN', str(tmp_path))
+    report(first=two, plain=1.5, second=one)
+    assert [p.name for p in tmp_path.iterdir()] == ['tasks.csv']
+    lines = (tmp_path / 'tasks.csv').read_text().splitlines()
+    assert lines[0] == 'metric,task,step_0,step_1,step_2'
+    assert lines[1:] == ['first,0,0.2,0.4,0.33333334', 'second,0,0.5,0.6,', 'second,1,0.7,0.8,']
+
+
+def test_plain_metrics_and_further_ranks_write_no_tasks(tmp_path, monkeypatch):
+    monkeypatch.setenv('FEWSHOTMETA_RUN', str(tmp_path))
+    report(plain=1.5)
+    monkeypatch.setenv('RANK', '1')
+    report(first=evaluation([[0.2, 0.4]], 'aa'))
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- what it was made by
@@ -257,6 +288,7 @@ def test_train_notebook_runs_what_no_batch_file_has(tmp_path):
         given = SMALL | dict(method=method) | changes
         result = run_notebook(TRAIN, given, f'm/{method}', tmp_path, quiet=True)
         check_training(result, changes.get('test_ways', []))
+        check_tasks(result, tmp_path / 'm' / method)
         written = json.loads((tmp_path / 'm' / method / 'result.json').read_text())
         digests.add(written['episodes_digest'])
     assert (tmp_path / 'm' / 'fomaml' / 'metrics.csv').is_file()
@@ -287,6 +319,22 @@ def check_training(result, ways):
     assert len(result['episodes_digest']) == 16
     expected = {'test_accuracy_not_transductive'} | {f'test_accuracy_{w}way' for w in ways}
     assert expected <= set(result['metrics'])
+
+
+def check_tasks(result, folder):
+    "The accuracy of each task, after each step, of each metric that is an evaluation."
+    tasks = pd.read_csv(folder / 'tasks.csv')
+    assert list(tasks) == ['metric', 'task', 'step_0', 'step_1']
+    evaluated = {name for name in result['metrics'] if name.startswith('test_accuracy')}
+    assert set(tasks['metric']) == evaluated
+    assert {name for name, m in result['metrics'].items() if 'tasks' in m} == evaluated
+    assert result['metrics']['test_accuracy']['tasks'] == result['episodes_digest']
+    for name, rows in tasks.groupby('metric'):
+        assert rows['task'].tolist() == [0, 1, 2]
+        assert rows['step_1'].mean() == pytest.approx(result['metrics'][name]['mean'])
+    for step in (0, 1):
+        mean = tasks[tasks['metric'] == 'test_accuracy'][f'step_{step}'].mean()
+        assert mean == pytest.approx(result['metrics'][f'accuracy_step_{step}']['mean'])
 
 
 @pytest.mark.parametrize(

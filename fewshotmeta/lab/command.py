@@ -27,7 +27,9 @@ from .batches import read_batch
 from .states import View, describe_state, headline, state_of, summary
 from .slurm import slurm_queue
 from .workers import Options, run_batch, todo
-from .results import all_results, table_of, write_table
+from .results import all_results, group_results, nothing_matches, table_of
+from .results import table_text, write_table
+from .compare import compare
 
 # %% ../../nbs/lab/20_command.ipynb #c37a048e
 _PAIRS = dict(nargs='+', action='extend', default=[], metavar='name=value')  # given once or often
@@ -243,23 +245,45 @@ def _add_results(subcommands):
     results.add_argument('pattern', nargs='?', default='*', help='of experiment/run')
     results.add_argument('--out', metavar='FILE', help='.csv or .parquet')
     results.add_argument('--every', action='store_true', help='every metric, not only the first')
-    results.add_argument('--runs')
+    every = 'also those of which all runs have the same value'
+    results.add_argument('--all-parameters', action='store_true', help=every)
+    mean = 'mean ± standard deviation over the seeds of the runs that have the same of these'
+    results.add_argument('--by', nargs='+', default=[], metavar='PARAMETER', help=mean)
+    results.add_argument('--runs', help='folder of all runs')
 
 
 def _results(args):
-    results, bad = all_results(_runs_folder(args), args.pattern)
-    rows = table_of(results, args.every)
+    runs = _runs_folder(args)
+    results, bad = all_results(runs, args.pattern)
     for b in bad:
         print(f'left out: {b}', file=sys.stderr)
+    if not results and not bad:
+        raise ValueError(nothing_matches(runs, args.pattern))
+    if not results:
+        return 1
+    if args.by:
+        table = group_results(results, args.by, args.every)
+    else:
+        table = table_of(results, args.every, args.all_parameters)
     if args.out:
-        write_table(rows, args.out)
-        print(f'{len(rows)} rows in {args.out}')
-        rows = []
-    for r in rows:
-        run = f'{r["experiment"]}/{r["run"]}'
-        value = f'{r["metric"]:32s} {format_metric(r)}   n={r["n"]}'
-        print(f'{run:60s} {r["scale"] or "":6s} {value}')
+        write_table(table, args.out)
+        print(f'{len(table)} rows in {args.out}')
+    else:
+        print(table_text(table))
     return 1 if bad else 0
+
+# %% ../../nbs/lab/20_command.ipynb #91f6c3a8
+def _add_compare(subcommands):
+    what = 'compare runs with the first, task by task: the difference and its interval'
+    compared = _subcommand(subcommands, 'compare', _compare, what)
+    names = "experiment/run, a pattern for the seeds of a method as 'table/maml_seed*', or a folder"
+    compared.add_argument('names', nargs='+', metavar='RUN', help=names)
+    compared.add_argument('--metric', default='test_accuracy', help='default: test_accuracy')
+    compared.add_argument('--runs', default='runs', help='folder of all runs')
+
+
+def _compare(args):
+    print(compare(args.names, args.metric, args.runs))
 
 # %% ../../nbs/lab/20_command.ipynb #15c7bc2a
 def _add_data(subcommands):
@@ -358,7 +382,8 @@ def _parser():
     parser = argparse.ArgumentParser(prog='fewshotmeta', description=what)
     parser.add_argument('--version', action='version', version=_versions())
     subcommands = parser.add_subparsers(required=True)
-    for add in (_add_run, _add_batch, _add_status, _add_results, _add_data, _add_bench):
+    every = _add_run, _add_batch, _add_status, _add_results, _add_compare, _add_data, _add_bench
+    for add in every:
         add(subcommands)
     return parser
 

@@ -7,6 +7,7 @@ __all__ = ['RESULT_TYPE', 'format_metric', 'report', 'run_folder', 'RunFailed', 
 
 # %% ../../nbs/lab/03_execution.ipynb #bc2c0bbf
 import contextlib
+import csv
 import json
 import math
 import os
@@ -57,12 +58,11 @@ def report(
     if not metrics:
         example = 'report(test_accuracy=evaluate(…))'
         raise ValueError(f'report() without a metric: give at least one, as {example}')
-    found = {}
-    for name, value in metrics.items():
-        if hasattr(value, 'metric'):  # an `Evaluation` knows its tasks
-            episodes_digest = episodes_digest or value.digest
-            value = value.metric()
-        found[name] = _metric(name, value)
+    evaluations = {k: v for k, v in metrics.items() if hasattr(v, 'metric')}
+    for evaluation in evaluations.values():  # the first of them says the run's tasks
+        episodes_digest = episodes_digest or evaluation.digest
+    found = {name: _metric(name, value) for name, value in metrics.items()}
+    _keep_tasks(evaluations)
     result = dict(
         metrics=found,
         episodes_digest=episodes_digest,
@@ -71,9 +71,13 @@ def report(
     )
     display(_Report(result))
 
-
+# %% ../../nbs/lab/03_execution.ipynb #c47f19d3
 def _metric(name, value):
-    "Return a metric as plain numbers: mean, ci95 (or None) and n."
+    "Return a metric as plain numbers, mean, ci95 (or None) and n, and the digest of its tasks."
+    tasks = {}
+    if hasattr(value, 'metric'):
+        tasks = dict(tasks=value.digest)
+        value = value.metric()
     if not isinstance(value, dict):
         value = dict(mean=float(value), ci95=None, n=1)
     if not math.isfinite(value['mean']):
@@ -84,7 +88,26 @@ def _metric(name, value):
         mean=float(value['mean']),
         ci95=float(ci95) if known else None,
         n=int(value.get('n', 1)),
+        **tasks,
     )
+
+# %% ../../nbs/lab/03_execution.ipynb #5c1e9ab7
+def _keep_tasks(evaluations):
+    "Write the accuracy of each task after each step to tasks.csv, if a run executes this notebook."
+    tables = {k: e.accuracies for k, e in evaluations.items() if e.accuracies is not None}
+    if not run_folder() or not tables or int(os.environ.get('RANK', 0)):
+        return
+    most = max(table.shape[1] for table in tables.values())
+    columns = ['metric', 'task', *(f'step_{i}' for i in range(most))]
+    with (
+        atomic(run_folder() / 'tasks.csv') as tmp,
+        open(tmp, 'w', newline='', encoding='utf-8') as f,
+    ):
+        writer = csv.DictWriter(f, columns, lineterminator='\n')  # a missing step stays empty
+        writer.writeheader()
+        for name, table in tables.items():
+            for task, row in enumerate(table.numpy().astype(str)):
+                writer.writerow(dict(zip(columns, [name, task, *row])))
 
 # %% ../../nbs/lab/03_execution.ipynb #7fd5ddac
 def run_folder() -> Path | None:

@@ -92,6 +92,7 @@ _OF_A_FINISHED_RUN = (
     'result.json',
     'notebook.ipynb',
     'metrics.csv',
+    'tasks.csv',
     'checkpoint.safetensors',
     '.progress.json',
 )
