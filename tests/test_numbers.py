@@ -59,7 +59,8 @@ def test_parameters_are_those_of_the_notebook_and_of_the_batch_file(path):
     assert result['scale'] == params['scale']
     file = BATCHES.get(result['experiment'])
     if file and result['scale'] in SCALES:
-        (planned,) = (p for p in read_batch(file, result['scale']) if p.slug == result['run'])
+        name = f'{result["experiment"]}/{result["run"]}'
+        (planned,) = (p for p in read_batch(file, result['scale']) if p.name == name)
         # a notebook may have got a parameter since
         known = {k: v for k, v in planned.params.items() if k in params}
         assert params == known

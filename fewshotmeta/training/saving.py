@@ -227,7 +227,7 @@ def load_learner(
         one.card = card_of(head['card'])
     return members[0] if len(members) == 1 else Ensemble(members)
 
-
+# %% ../../nbs/training/10_saving.ipynb #2d854f22
 def _check_plugins(needed):
     "Refuse a learner whose parts are defined by a plugin that is not imported, naming it."
     missing = [file for module, file in needed.items() if module not in PLUGINS]
