@@ -12,7 +12,7 @@ from fewshotmeta.lab.parameters import merge_parameters, read_parameters
 def execute(notebook, folder, **given):
     "Execute an experiment as the run of a folder; what it reported."
     merge_parameters(read_parameters(notebook), given)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     results = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('FEWSHOTMETA_RUN', str(folder))

@@ -141,7 +141,7 @@ def run_page(page: Page, links) -> tuple[dict, dict]:
         *deeper(cells(dict(cells=body), page, links)),
     ]
     folder = page.source.removesuffix('notebook.ipynb')
-    names = ('result.json', 'metrics.csv')
+    names = ('result.json', 'metrics.csv', 'tasks.csv', 'learner.safetensors')
     files = {name: folder + name for name in names if folder + name in links.files}
     return notebook(made), dict(description=words, files=files)
 
