@@ -216,6 +216,95 @@ def test_a_run_is_left_out_of_a_scale(batch):
         planned(batch(dict(b=dict(scales=dict(short=True))), scales=dict(short={})))
 
 
+def slugs(path, scale=''):
+    return [p.slug for p in planned(path, scale)]
+
+
+def values(path, *names, scale=''):
+    return [tuple(p.params[name] for name in names) for p in planned(path, scale)]
+
+
+def test_a_grid_makes_a_run_of_each_combination(batch):
+    "Called after the values, seeds last; a factor is of what the scale has made of the parameter."
+    sweep = dict(seed=[7, 8], lr=['5e-2', 1], steps=['0.5x', '2x'])
+    path = batch(
+        dict(a=dict(x=2, grid=sweep), b={}),
+        common=dict(steps=200),
+        scales=dict(smoke=dict(steps='0.1x', lr=9.0), paper={}),
+    )
+    names = [f'a_lr={lr}_steps={steps}' for lr in ('0.05', '1.0') for steps in ('0.5x', '2x')]
+    each = [f'{name}_smoke_seed{seed}' for name in names for seed in (7, 8)]
+    assert slugs(path, 'smoke') == [*each, 'b_smoke']
+    small = [(2, lr, steps, seed) for lr in (0.05, 1) for steps in (10, 40) for seed in (7, 8)]
+    assert values(path, 'x', 'lr', 'steps', 'seed', scale='smoke') == [*small, (1, 9.0, 20, 0)]
+    assert slugs(path, 'paper')[0] == 'a_lr=0.05_steps=0.5x_paper_seed7'
+    assert values(path, 'steps', scale='paper')[::2] == [(100,), (400,), (100,), (400,), (200,)]
+
+
+def test_the_grid_of_a_run_changes_the_grid_of_common(batch):
+    runs = dict(a={}, b=dict(grid=dict(lr=[3])), c=dict(grid=dict(name=['p/q', 'r'])))
+    common = dict(x=4, seed=[5], grid=dict(lr=[1, 2]))
+    ab = ['a_lr=1.0_smoke_seed5', 'a_lr=2.0_smoke_seed5', 'b_lr=3.0_smoke_seed5']
+    c = [f'c_lr={lr}.0_name={name}_smoke_seed5' for lr in (1, 2) for name in ('p-q', 'r')]
+    assert slugs(batch(runs, common=common)) == ab + c
+    path = batch(dict(a=dict(grid=dict(x=[1, 2]))), common=dict(x=4))
+    assert values(path, 'x') == [(1,), (2,)]  # the run is nearer than common
+    path = batch(dict(a=dict(grid=dict(seed=[0, 1]))), common=dict(seed=[5]))
+    assert slugs(path) == seeds(2)
+    lists = 'ways = [2]\nwords = ["a"]\nseed = 0'
+    grid = dict(ways=[[2, 5], []], words=['a,b', 'c'])
+    path = batch(dict(a=dict(grid=grid)), parameters=lists)
+    assert slugs(path)[0] == 'a_ways=2+5_words=a+b_smoke'
+    assert values(path, 'ways', 'words')[3] == ([], ['c'])
+
+
+@pytest.mark.parametrize(
+    'runs,doc,words',
+    [
+        (dict(grid={}), {}, 'runs: a: grid: it is empty'),
+        (dict(grid=None), {}, 'runs: a: grid: it is empty'),
+        (dict(grid=[1]), {}, 'runs: a: grid: expected `name: value`'),
+        (dict(grid=dict(lr=[])), {}, 'grid: lr: the list is empty'),
+        (dict(grid=dict(lr=0.1)), {}, r'grid: lr: expected a list of values, as in lr: \[0.1, …\]'),
+        (dict(grid=dict(step=[1])), {}, "no parameter 'step', did you mean 'steps'"),
+        (dict(grid=dict(x=[1, 'two'])), {}, "x='two': expected int"),
+        (dict(grid=dict(x=[1, 1.5])), {}, 'grid: x=1.5: expected int'),
+        (dict(grid=dict(x=[1, 1.0])), {}, 'two runs would be called a_x=1_smoke'),
+        (dict(grid=dict(name=['a/b', 'a b'])), {}, 'two runs would be called a_name=a-b_smoke'),
+        (dict(grid=dict(name=['b' * 200])), {}, '213 bytes, 200 at most: choose a shorter name'),
+        (dict(x=3, grid=dict(x=[1, 2])), {}, r'x=3 and a grid of x=\[1, 2\]: which one is meant'),
+        (dict(x=3), dict(common=dict(grid=dict(x=[1, 2]))), 'runs: a: x=3 .* which one is meant'),
+        (dict(), dict(common=dict(x=3, grid=dict(x=[1, 2]))), 'x=3 .* which one is meant'),
+        (
+            dict(scales=dict(smoke=dict(x=3)), grid=dict(x=[1, 2])),
+            dict(scales=dict(smoke={})),
+            'which one is meant',
+        ),
+        (dict(), dict(scales=dict(smoke=dict(grid=dict(x=[1])))), 'a scale has no grid'),
+        (dict(grid=dict(scale=['smoke'])), {}, 'the scale of a batch is chosen with --scale'),
+        (dict(lr=[0.05, 0.1]), {}, r'lr=\[0.05, 0.1\]: .* `grid: {lr: \[0.05, 0.1\]}`'),
+    ],
+)
+def test_a_grid_that_cannot_be_used(batch, runs, doc, words):
+    with pytest.raises(BadBatch, match=words):
+        planned(batch(dict(a=runs), **doc))
+
+
+def test_numbers_of_yaml_are_those_of_python(batch, tmp_path):
+    "`010` is no eight, `1:30` no ninety; both are text, and text is no number."
+    path = batch(dict(a={}))
+    text = path.read_text()
+    for word in ('010', '1:30', '1:30.5', '.inf', '2001-01-01'):
+        path.write_text(text.replace('a: {}', f'a: {{x: {word}}}'))
+        with pytest.raises(BadBatch, match=f"x='{word}': expected int"):
+            planned(path)
+        path.write_text(text.replace('a: {}', f'a: {{name: {word}}}'))
+        assert values(path, 'name') == [(word,)]
+    for word, value in {'1e3': 1000, '2.0': 2, '1_000': 1000, '0x10': 16, '-3': -3}.items():
+        path.write_text(text.replace('a: {}', f'a: {{x: {word}}}'))
+        assert values(path, 'x') == [(value,)]
+
+
 @pytest.mark.parametrize(
     'runs,doc,words',
     [
@@ -276,6 +365,8 @@ def test_what_a_batch_file_does_not_have(batch, tmp_path):
     batch(dict(a={}))
     with pytest.raises(BadBatch, match='cannot be read'):
         read_batch(tmp_path / 'none.yaml')
+    with pytest.raises(BadBatch, match="no file omniglott here, did you mean 'omniglot'"):
+        read_batch('omniglott')
     with pytest.raises(BadBatch, match="no run matches 'z'; there are a_smoke"):
         read_batch(tmp_path / 'table.yaml', only='z')
     with pytest.raises(BadBatch, match="no scale 'paper': choose one of smoke"):

@@ -63,7 +63,7 @@ def test_values_are_of_the_type_of_the_default():
     assert check_value(n, 7) == 7
     assert check_value(Parameter('rate', 0.1, ''), 1) == 1.0
     assert check_value(Parameter('ways', [1], ''), (2, 3)) == [2, 3]
-    for value in (True, 7.0, '7', None):
+    for value in (True, 7.5, '7', None):
         with pytest.raises(BadParameters, match='expected int'):
             check_value(n, value)
 

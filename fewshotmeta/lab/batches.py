@@ -6,7 +6,9 @@
 __all__ = ['SCALES', 'BadBatch', 'Planned', 'read_batch']
 
 # %% ../../nbs/lab/06_batches.ipynb #cf68c33d
+import ast
 import fnmatch
+import itertools
 import os
 import re
 from collections import Counter
@@ -16,8 +18,9 @@ from pathlib import Path
 import yaml
 
 from ..data.checks import did_you_mean
-from .parameters import BadParameters, merge_parameters, parse_value, project_folder
-from .parameters import read_parameters, split_name
+from .parameters import BadParameters, check_value, experiment_file
+from .parameters import merge_parameters, parse_value, read_parameters, runs_folder
+from .parameters import split_name
 
 # %% ../../nbs/lab/06_batches.ipynb #71d4b82d
 SCALES = ('smoke', 'short', 'paper')
@@ -44,7 +47,17 @@ def _unique_names(loader, node):
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
+def _as_python(loader, node):
+    "A number that Python would read alike; any other word as text."
+    try:
+        return ast.literal_eval(node.value)
+    except (ValueError, SyntaxError):
+        return node.value
+
+
 _Loader.add_constructor('tag:yaml.org,2002:map', _unique_names)
+for _kind in ('int', 'float', 'timestamp'):
+    _Loader.add_constructor(f'tag:yaml.org,2002:{_kind}', _as_python)
 
 # %% ../../nbs/lab/06_batches.ipynb #92babab4
 def _mapping(value, where, allowed=None):
@@ -112,12 +125,15 @@ def _layers(doc, name, scale, where):
         raise BadBatch(f'{place} scales: {unknown[0]!r} is not among the scales of the file')
     if at.get(scale) is False:
         return None
-    return [
+    layers = [
         _mapping(doc.get('common'), f'{where} common:'),
         own,
         _mapping(scales.get(scale), f'{where} scales: {scale}:'),
         _mapping(at.get(scale), f'{place} scales: {scale}:'),
     ]
+    if any('grid' in layer for layer in layers[2:]):
+        raise BadBatch(f'{place} a scale has no grid: it stands in a run or in common')
+    return layers
 
 # %% ../../nbs/lab/06_batches.ipynb #a289dd6a
 def _given(layers, parameters, place):
@@ -125,6 +141,8 @@ def _given(layers, parameters, place):
     given = {}
     for layer in layers:
         for name, value in layer.items():
+            if name == 'grid':
+                continue
             if name == 'seed' and isinstance(value, list):
                 given[name] = value
             else:
@@ -132,6 +150,80 @@ def _given(layers, parameters, place):
     if given.get('seed') == []:
         raise BadBatch(f'{place} seed: the list is empty')
     return given
+
+# %% ../../nbs/lab/06_batches.ipynb #7b40c2d8
+def _grid(layer, place):
+    "The lists of values in a layer's grid, checked."
+    if 'grid' not in layer:
+        return {}
+    grid = _mapping(layer['grid'], f'{place} grid:')
+    if not grid:
+        raise BadBatch(f'{place} grid: it is empty: give it `name: [value, …]`, or leave it out')
+    for name, values in grid.items():
+        if not isinstance(values, list):
+            example = f'as in {name}: [{values}, …]'
+            raise BadBatch(f'{place} grid: {name}: expected a list of values, {example}')
+        if not values:
+            raise BadBatch(f'{place} grid: {name}: the list is empty')
+    return grid
+
+
+def _merged_grid(layers, where, name):
+    "The grid of a run: `common`'s, changed by its own; a parameter has a value or a list of them."
+    place, (common, own, _, at) = f'{where} runs: {name}:', layers
+    shared, grid = _grid(common, f'{where} common:'), _grid(own, place)
+    for parameter, values in (shared | grid).items():
+        rivals = (at, own) if parameter in grid else (at, own, common)
+        for layer in rivals:
+            if parameter in layer:
+                both = f'{parameter}={layer[parameter]} and a grid of {parameter}={values}'
+                raise BadBatch(f'{place} {both}: which one is meant?')
+    if 'scale' in shared | grid:
+        raise BadBatch(f'{place} grid: the scale of a batch is chosen with --scale')
+    return shared | grid
+
+# %% ../../nbs/lab/06_batches.ipynb #f2c8a05b
+def _axes(grid, given, parameters, place):
+    "Parameter to its values, as they are written and as they are meant."
+    grid, seeds = dict(grid), given.get('seed')
+    seeds = grid.pop('seed', seeds if isinstance(seeds, list) else None)
+    if seeds is not None:
+        grid['seed'] = seeds  # the last part of a name, and the first to change
+    axes = {}
+    for name, values in grid.items():
+        meant = [_checked(name, value, parameters, given, place) for value in values]
+        axes[name] = list(zip(values, meant, strict=True))
+    return axes
+
+
+def _checked(name, value, parameters, given, place):
+    "One value of a grid, in the type of its parameter."
+    value = _valued(name, value, parameters, given, place)
+    try:
+        return check_value(parameters[name], value)
+    except BadParameters as e:
+        raise BadBatch(f'{place} grid: {e}') from None
+
+# %% ../../nbs/lab/06_batches.ipynb #1d6e93fa
+def _combinations(axes):
+    "Each combination of values, with what a run is called after them, by parameter."
+    for combination in itertools.product(*axes.values()):
+        labels, values = {}, {}
+        for name, (written, value) in zip(axes, combination, strict=True):
+            labels[name] = _label(name, written, value)
+            values[name] = value
+        yield labels, values
+
+
+def _label(name, written, value):
+    "What a value of a grid adds to the name of a run."
+    if name == 'seed':
+        return f'seed{value}'
+    if isinstance(written, str) and re.fullmatch(r'[\d.]+x', written):
+        value = written  # a factor: the same name at every scale
+    elif isinstance(value, list):
+        value = '+'.join(map(str, value)) or 'none'
+    return re.sub(r'[^\w.=+-]+', '-', f'{name}={value}')
 
 # %% ../../nbs/lab/06_batches.ipynb #b7e12b09
 def _expanded(doc, scale, parameters, where):
@@ -143,13 +235,11 @@ def _expanded(doc, scale, parameters, where):
         given = _given(layers, parameters, place)
         if 'scale' in parameters:
             given['scale'] = scale
-        each = [(f'{name}_{scale}', given)]
-        if isinstance(given.get('seed'), list):
-            each = []
-            for seed in given['seed']:
-                own = dict(seed=_valued('seed', seed, parameters, given, place))
-                each.append((f'{name}_{scale}_seed{seed}', given | own))
-        for slug, one in each:
+        axes = _axes(_merged_grid(layers, where, name), given, parameters, place)
+        for labels, values in _combinations(axes):
+            seed = f'_{labels.pop("seed")}' if 'seed' in labels else ''
+            slug = '_'.join([name, *labels.values(), scale]) + seed
+            one = given | values
             try:
                 split_name(f'x/{slug}', '')
                 yield slug, one, merge_parameters(parameters, one)
@@ -243,18 +333,18 @@ def _in_order(planned):
 
 # %% ../../nbs/lab/06_batches.ipynb #ec2b6e6c
 def read_batch(
-    path,  # the YAML file
+    path,  # the YAML file, or the name of one that comes with the package
     scale: str = '',  # smoke, short or paper; none: short, or the file's first one
     only: str = '*',  # a pattern for the names of the runs
     runs=None,  # the folder of all runs; none: `runs` in the project
 ) -> list[Planned]:  # each after what it begins from
     "Read the runs of a batch file. Raises `BadBatch`, naming the place."
-    path = Path(path)
+    path = _file(path)
     doc = _load(path)
     where = f'{path}:'
     notebook, _ = _experiment(path, doc)
     scale = _scale(doc, scale, where)
-    runs = Path(runs or project_folder(notebook) / 'runs')
+    runs = Path(runs or runs_folder(notebook))
     planned = [p for row in doc['runs'] for p in _of_row(path, doc, row, scale, runs)]
     slugs = [p.slug for p in planned]
     if twice := sorted(slug for slug, n in Counter(slugs).items() if n > 1):
@@ -266,6 +356,14 @@ def read_batch(
     return _in_order(chosen)
 
 # %% ../../nbs/lab/06_batches.ipynb #3c5ccb0f
+def _file(path):
+    "The batch file that is meant."
+    try:
+        return experiment_file(path, '.yaml')
+    except BadParameters as e:
+        raise BadBatch(str(e)) from None
+
+
 def _experiment(path, doc):
     "The notebook that a batch file names, and its parameters."
     notebook = path.parent / doc['experiment']

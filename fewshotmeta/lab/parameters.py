@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['BadParameters', 'Parameter', 'read_parameters', 'parse_value', 'check_value', 'merge_parameters', 'default_name',
-           'split_name', 'project_folder']
+           'split_name', 'project_folder', 'runs_folder', 'experiment_file']
 
 # %% ../../nbs/lab/00_parameters.ipynb #b2998f3d
 import ast
 import contextlib
 import io
 import json
+import math
 import re
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
+import fewshotmeta
 from ..data.checks import did_you_mean
 
 # %% ../../nbs/lab/00_parameters.ipynb #ea6f4418
@@ -76,15 +78,69 @@ def _parse(source, where):
     lines = source.splitlines()
     comments = _comments(source)
     for node in body:
+        line = lines[node.lineno - 1]
         try:
-            (target,) = node.targets
-            value = ast.literal_eval(node.value)
-            name = target.id
-        except (AttributeError, ValueError):
-            form = f'`name = literal  # meaning`, not {lines[node.lineno - 1]!r}'
+            name, value = _assigned(node)
+        except (AttributeError, ValueError, TypeError, RecursionError):
+            form = f'`name = literal  # meaning`, not {line!r}'
             raise BadParameters(f'{where}: parameters are lines of the form {form}') from None
-        default = list(value) if isinstance(value, tuple) else value
+        try:
+            default = _annotated(node, _plain(name, value))
+        except BadParameters as e:
+            raise BadParameters(f'{where}: {line!r}: {e}') from None
         yield Parameter(name, default, _meaning(node, comments))
+
+
+def _assigned(node):
+    "Return the name and the value of an assignment; anything else raises one of four errors."
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
+    (target,) = targets
+    return target.id, ast.literal_eval(node.value)
+
+
+# %% ../../nbs/lab/00_parameters.ipynb #b3e65f02
+_ANNOTATIONS = dict(int=int, float=float, bool=bool, str=str, list=list, tuple=list)
+
+
+def _plain(name, value):
+    "Return a value as JSON keeps it. Raises `BadParameters`."
+    if isinstance(value, list | tuple):
+        return [_plain(name, item) for item in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _plain(name, item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadParameters(f'{name}={value}: expected a finite number')
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    kinds = 'a number, text, a truth value, None, or a list of these'
+    raise BadParameters(f'{name}={value!r}: expected {kinds}')
+
+
+def _annotated(node, default):
+    "Return a default in the type that is written behind its name. Raises `BadParameters`."
+    written = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ''
+    kind = _ANNOTATIONS.get(written.partition('[')[0])
+    if kind is None:
+        return default
+    value = _converted(kind, default)
+    if value is None:
+        other = f'{default!r} is not {written}'
+        raise BadParameters(f'{other}: change the default, or write {written} | None for a None')
+    return value
+
+# %% ../../nbs/lab/00_parameters.ipynb #71f8b2ca
+_EXACT = 2**53  # a float is a whole number without loss below this one
+
+
+def _converted(kind, value):
+    "Return a plain value in a type; None if it cannot be had without loss."
+    if type(value) is kind:
+        return value
+    if kind is float and type(value) is int and abs(value) < 1e308:
+        return float(value)
+    if kind is int and type(value) is float and value.is_integer() and abs(value) < _EXACT:
+        return int(value)
+    return None
 
 # %% ../../nbs/lab/00_parameters.ipynb #de3f7850
 def _comments(source):
@@ -115,15 +171,42 @@ def parse_value(
     "Return the value that `text` means for a parameter. Raises `BadParameters`."
     if isinstance(p.default, str):
         return text
-    words = {'true': 'True', 'false': 'False', 'none': 'None'}
-    try:
-        value = ast.literal_eval(words.get(text, text))
-    except (ValueError, SyntaxError):
-        value = text
+    value = _literal(text)
+    if isinstance(p.default, list) and not isinstance(value, list | tuple):
+        value = _items(text, p.default)
     return check_value(p, value)
 
 
-_TAKEN_AS = {float: int, list: tuple}  # the one other type that is converted to a default's type
+def _literal(text):
+    "Return what a text is in Python; the text itself if it is nothing there."
+    words = {'true': 'True', 'false': 'False', 'none': 'None'}
+    try:
+        return ast.literal_eval(words.get(text, text))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def _items(text, default):
+    "Return the items of a list that is typed as `a,b` or `[a,b]`; the text itself if it is none."
+    inner = text.strip()
+    if inner.startswith('[') and inner.endswith(']'):
+        inner = inner[1:-1].strip()
+    if re.search(r'[][(){}\'"]', inner):  # nested, or text with commas: Python's own form is needed
+        return text
+    items = [item.strip() for item in inner.removesuffix(',').split(',')] if inner else []
+    if '' in items:
+        return text
+    of_text = bool(default) and all(isinstance(item, str) for item in default)
+    return items if of_text else [_literal(item) for item in items]
+
+# %% ../../nbs/lab/00_parameters.ipynb #0fa4c37e
+_FORMS = {
+    int: 'a whole number is written 20, 20_000 or 2e4, without a leading 0',
+    float: 'a finite number is written 0.1, 1e-3 or 2',
+    bool: 'it is true or false',
+    str: 'text that looks like another value is put in quotes',
+    list: 'a list is written 1,2 or [1, 2]',
+}
 
 
 def check_value(
@@ -131,14 +214,19 @@ def check_value(
     value,  # a literal
 ):
     "Return `value` in the type of the parameter's default. Raises `BadParameters`."
+    value = _plain(p.name, value)
     kind = type(p.default)
-    if p.default is None or type(value) is kind:
+    if p.default is None:
         return value
-    if type(value) is _TAKEN_AS.get(kind):
-        return kind(value)
+    converted = _converted(kind, value)
+    if converted is not None:
+        return converted
     meaning = f' ({p.meaning})' if p.meaning else ''
     expected = f'expected {kind.__name__}, like the default {p.default!r}{meaning}'
-    raise BadParameters(f'{p.name}={value!r}: {expected}')
+    form = _FORMS.get(kind, 'give a value like the default')
+    if isinstance(value, list):
+        form = f'a batch file makes a run of each with `grid: {{{p.name}: {value}}}`'
+    raise BadParameters(f'{p.name}={value!r}: {expected}; {form}')
 
 # %% ../../nbs/lab/00_parameters.ipynb #f4d4e8de
 def merge_parameters(
@@ -148,16 +236,20 @@ def merge_parameters(
     "Return all parameters of a run: the defaults, overridden. Raises `BadParameters`."
     unknown = [k for k in given if k not in known]
     if unknown:
-        guess = did_you_mean(unknown[0], known)
+        guess = did_you_mean(unknown[0], known) or '.'
         names = ', '.join(known)
-        raise BadParameters(f'no parameter {unknown[0]!r}{guess}. There are: {names}')
+        raise BadParameters(f'no parameter {unknown[0]!r}{guess} There are: {names}')
     return {k: check_value(p, given[k]) if k in given else p.default for k, p in known.items()}
 
 # %% ../../nbs/lab/00_parameters.ipynb #ff1b0a11
+_LONGEST = 200  # bytes of a name; file systems take 255
+
+
 def default_name(given: dict) -> str:
     "Make a readable name for a run from what differs from the defaults."
     text = '_'.join(f'{k}={v}' for k, v in sorted(given.items()))
-    return re.sub(r'[^\w.=+-]+', '-', text)[:120] or 'defaults'
+    text = re.sub(r'[^\w.=+-]+', '-', text).encode()[:120]
+    return text.decode(errors='ignore') or 'defaults'
 
 
 def split_name(
@@ -170,7 +262,13 @@ def split_name(
         allowed = 'letters, digits and . = + - _ only, not a dot first, at most one /'
         raise BadParameters(f'name={name!r}: {allowed}')
     experiment, _, slug = name.rpartition('/')
+    if (length := max(len(experiment.encode()), len(slug.encode()))) > _LONGEST:
+        shorter = f'{_LONGEST} at most: choose a shorter name'
+        raise BadParameters(f'name={name!r} has {length} bytes, {shorter}')
     return experiment or stem, slug
+
+# %% ../../nbs/lab/00_parameters.ipynb #c65b90de
+_PACKAGE = Path(fewshotmeta.__file__).resolve().parent
 
 
 def project_folder(
@@ -178,4 +276,45 @@ def project_folder(
 ) -> Path:
     "Return the project: the nearest folder above with a settings.ini, else the current one."
     above = Path(notebook).resolve().parents
+    if _PACKAGE in above:  # it came with an installed package, which is nobody's project
+        return Path.cwd()
     return next((p for p in above if (p / 'settings.ini').is_file()), Path.cwd())
+
+
+def runs_folder(
+    path=None,  # a notebook or a batch file; None: whatever the current folder belongs to
+) -> Path:
+    "Return the folder of all runs, which may not exist yet."
+    if path is not None:
+        return project_folder(path) / 'runs'
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / 'settings.ini').is_file() or (folder / 'runs').is_dir():
+            return folder / 'runs'
+    return here / 'runs'
+
+# %% ../../nbs/lab/00_parameters.ipynb #a94c2d6b
+def experiment_file(
+    path,  # of a file, or the name of an experiment
+    ending: str = '.ipynb',  # '.ipynb' for a notebook, '.yaml' for a batch file
+) -> Path:
+    "Return the file that is meant. Raises `BadParameters` for an unknown name."
+    path = Path(path)
+    if path.is_file() or path.name != str(path):
+        return path
+    named = {}
+    for folder in _experiment_folders():
+        for file in sorted(folder.glob(f'*{ending}')):
+            named.setdefault(file.stem, file)
+    name = path.name.removesuffix(ending)
+    if name not in named:
+        near, names = did_you_mean(name, named) or '.', ', '.join(named) or 'none'
+        raise BadParameters(f'there is no file {path} here{near} The experiments are: {names}')
+    return named[name]
+
+
+def _experiment_folders():
+    "Return where experiments have names, the first one first."
+    repository = _PACKAGE.parent / 'nbs' / 'experiments'
+    ours = repository if repository.is_dir() else _PACKAGE / 'experiments'
+    return runs_folder().parent / 'nbs' / 'experiments', ours
