@@ -171,6 +171,147 @@ def test_values_and_normalisation(noise_bank):
     assert torch.allclose(normalised.xq, (ep.xq - 0.5) / 0.25, atol=1e-5)
 
 
+# ---- names
+def test_an_episode_carries_the_names_of_its_classes(noise_bank):
+    s = sampler(noise_bank.rotated())
+    classes, _ = s.draw(np.arange(4))
+    names = [tuple(s.bank.classes[c] for c in row) for row in classes]
+    assert s[0:4].names == tuple(names)
+    assert any('@' in name for own in names for name in own)
+    assert s[2].names == s[0:4][2].names == names[2]
+    assert s[0:4][1:3].names == tuple(names[1:3])
+    assert s.meta_batch(0, 4)[[3, 0]].names == (names[3], names[0])
+    assert s[0:4][torch.tensor([False, True, False, True])].names == (names[1], names[3])
+    assert len(WaysSampler(s, 2, 9).meta_batch(1, 2).names) == 2
+    xs, ys, xq, yq = s[0:4]  # four tensors, as ever
+    assert Episodes(xs, ys, xq, yq)[0].names == ()
+
+
+def test_the_names_stand_at_rows_or_columns(noise_bank, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(plt, 'show', lambda: None)
+    long = 'a name of more than eighteen letters'
+    bank = noise_bank.select(range(20))
+    bank.classes[:] = [f'{long} {i:02d}' for i in range(20)]
+    for n_way, turned in ((3, 0), (12, 90)):
+        ep = sampler(bank, n_way=n_way)[0]
+        show_episode(ep)
+        texts = [t for ax in plt.gcf().axes for t in ax.texts]
+        assert [t.get_text() for t in texts] == ['a name o…etters ' + n[-2:] for n in ep.names]
+        assert {t.get_rotation() for t in texts} == {turned}
+        show_episode(Episodes(*ep))
+        assert not [t for ax in plt.gcf().axes for t in ax.texts]
+    plt.close('all')
+
+
+# ---- tensors of one's own
+def own(**changes):
+    "Two tasks of three classes, as somebody's arrays, and what differs from them."
+    gen = np.random.default_rng(0)
+    labels = np.array([[0, 1, 2, 0, 1, 2], [2, 1, 0, 0, 1, 2]])
+    arrays = dict(
+        xs=gen.random((2, 6, 3, 20, 20)),
+        ys=labels,
+        xq=gen.random((2, 3, 3, 20, 20)),
+        yq=labels[:, :3],
+    )
+    return arrays | changes
+
+
+def test_arrays_become_episodes():
+    ep = Episodes.of(**own(), names=['cat', 'dog', 'lynx'])
+    assert ep.xs.dtype == ep.xq.dtype == torch.float32
+    assert ep.ys.dtype == ep.yq.dtype == torch.int64
+    assert np.allclose(ep.xs, own()['xs'])
+    assert ep.names == (('cat', 'dog', 'lynx'),) * 2
+    assert Episodes.of(**own(ys=own()['ys'].astype(np.uint8))).ys.dtype == torch.int64
+    same = Episodes.of(*ep, names=[['a', 'b', 'c'], ['d', 'e', 'f']])
+    assert same.xs is ep.xs
+    assert same[1].names == ('d', 'e', 'f')
+    learner = MAML(conv4(3, 20, filters=4), 3)
+    assert learner.predict(learner.adapt(ep.xs, ep.ys), ep.xq).shape == (2, 3, 3)
+
+
+def holed(a):
+    "The same numbers, one of which is none."
+    b = a.copy()
+    b[0, 0, 0, 0, 0] = np.nan
+    return b
+
+
+SLIPS = [
+    (lambda a: dict(xs=(255 * a['xs']).astype(np.uint8)), r'xs has the type .*uint8.*xs / 255'),
+    (lambda a: dict(xq=255 * a['xq']), r'xq has values from 0.\d+ to 25\d.*like pixels.*xq / 255'),
+    (lambda a: dict(xs=16 * a['xs']), r'xs has values from .* to 1[56].*like pixels'),
+    (lambda a: dict(xs=100 * (a['xs'] - 0.5)), 'xs has values from -.*standardised'),
+    (lambda a: dict(xs=holed(a['xs'])), 'xs has 1 of 14400 values that are not finite'),
+    (lambda a: {k: v[0] for k, v in a.items()}, r'xs has shape \(6, 3, 20, 20\).*xs\[None\]'),
+    (lambda a: dict(xs=a['xs'][:, :, 0]), r'xs\[..., None, :, :\]'),
+    (lambda a: dict(xq=a['xq'][0]), r'xq has shape \(3, 3, 20, 20\): expected \(tasks'),
+    (lambda a: dict(xq=a['xq'][..., 1:]), r'xq has image=\(3, 20, 19\), but xs has image=\(3, 20'),
+    (lambda a: dict(xq=a['xq'][:1], yq=a['yq'][:1]), 'xq has tasks=1, but xs has tasks=2'),
+    (lambda a: dict(xs=torch.rand(2, 6, 3, 20, 20).double()), 'xq has dtype=torch.float32, but xs'),
+    (lambda a: dict(xs=a['xs'].transpose(0, 1, 3, 4, 2), xq=a['xq'].transpose(0, 1, 3, 4, 2)),
+     r'xs has images of \(20, 20, 3\): channels come before'),
+    (lambda a: dict(xs=a['xs'][:, :0], ys=a['ys'][:, :0]), 'xs has shape .*there is no image'),
+    (lambda a: dict(ys=a['ys'][:, :5]), r'ys has shape \(2, 5\).*expected \(2, 6\); each image has'),
+    (lambda a: dict(ys=a['ys'][0]), r'ys has shape \(6,\).*a single task is ys\[None\]'),
+    (lambda a: dict(ys=np.eye(3)[a['ys']]), r'one-hot rows are ys.argmax\(-1\)'),
+    (lambda a: dict(ys=a['ys'] / 1), r'ys has the type torch.float.*ys.long\(\)'),
+    (lambda a: dict(ys=a['ys'].tolist()), 'ys is of the type list: give a tensor'),
+    (lambda a: dict(xs=None), 'xs is of the type NoneType'),
+    (lambda a: dict(ys=a['ys'] + 1), 'ys of task 0 has the labels 1, 2, 3, but none is 0'),
+    (lambda a: dict(ys=a['ys'] - 1), 'ys of task 0 has the labels -1, 0, 1, and labels run from 0'),
+    (lambda a: dict(ys=np.minimum(a['ys'], [[2], [1]])), 'ys of task 1 has .* 0, 1, but none is 2'),
+    (lambda a: dict(yq=a['yq'] + 1), 'yq of task 0 has the labels 3, which are not among'),
+    (lambda a: dict(names=('cat', 'dog')), '2 names of classes for task 0, which has 3'),
+    (lambda a: dict(names=[('a', 'b', 'c')]), 'names of 1 tasks, but xs has 2'),
+]
+
+
+@pytest.mark.parametrize('change,words', SLIPS)
+def test_what_does_not_fit_is_refused_with_the_way_out(change, words):
+    arrays = own()
+    with pytest.raises(ValueError, match=words):
+        Episodes.of(**arrays | change(arrays))
+
+
+def test_what_is_made_by_hand_fits_together_too(noise_bank):
+    xs, ys, xq, yq = sampler(noise_bank)[0:2]
+    Episodes(xs[:, :0], ys[:, :0], xq, yq)  # mini-batches have no support
+    wrong = [(xs.numpy(), ys, xq, yq), (xs, ys[:, 1:], xq, yq), (xs[0], ys[0], xq, yq)]
+    for tensors in [*wrong, ((255 * xs).byte(), ys, xq, yq), (xs, ys.int(), xq, yq)]:
+        with pytest.raises(ValueError, match=r'^x|^y'):
+            Episodes(*tensors)
+    with pytest.raises(ValueError, match='names of 1 tasks, but xs has 2'):
+        Episodes(xs, ys, xq, yq, (('a', 'b', 'c', 'd', 'e'),))
+
+
+def test_a_learner_looks_at_what_it_is_given_by_hand(noise_bank):
+    learner = MAML(conv4(1, 16, filters=4), 5)
+    xs, ys, xq, yq = sampler(noise_bank)[0:2]
+    fast = learner.adapt(xs, ys)
+    tensors = [(xs[0], ys[0]), (xs.numpy(), ys), ((255 * xs).byte(), ys), (xs.double(), ys)]
+    for x, y in [*tensors, (xs, ys[0]), (xs, ys.float()), (xs, ys - 1), (xs[:, :0], ys[:, :0])]:
+        with pytest.raises(ValueError, match=r'^xs |^ys |^label -1 in ys'):
+            learner.adapt(x, y)
+    for x in (xq[0], xq.numpy(), xq.byte(), xq.double(), xq[:, :0]):
+        with pytest.raises(ValueError, match='^xq '):
+            learner.predict(fast, x)
+    with pytest.raises(ValueError, match=r'xs is torch.float64 on cpu, but the parameters are'):
+        learner.meta_loss(Episodes(xs.double(), ys, xq.double(), yq))
+
+
+def test_images_and_labels_are_checked_by_name():
+    x = torch.rand(1, 4, 1, 8, 8)
+    check_images('photos', x)
+    check_labels('kinds', torch.zeros(1, 4).long(), 'photos', x)
+    with pytest.raises(ValueError, match='photos has shape'):
+        check_images('photos', x[0, 0])
+    with pytest.raises(ValueError, match=r'kinds has shape \(4,\), but photos has'):
+        check_labels('kinds', torch.zeros(4).long(), 'photos', x)
+
 # ---- bad input
 BAD_SIZES = [
     (dict(n_way=41), 'n_way=41, but noise has 40 classes'),

@@ -166,22 +166,34 @@ def draw_grid(
     images,  # each (channels, height, width), values in 0 … 255
     cols: int,  # images a row
     title: str = '',
+    rows: list = (),  # names of the rows
+    columns: list = (),  # names of the columns
 ):  # matplotlib's axes, (rows, cols)
     "Draw images side by side, without showing the figure yet."
     import matplotlib.pyplot as plt
 
-    rows = -(-len(images) // cols)
-    height = 0.55 * rows + 0.3
-    fig, axes = plt.subplots(rows, cols, figsize=(0.55 * cols, height), squeeze=False)
+    down = -(-len(images) // cols)
+    letters = (max(map(len, names), default=0) for names in (rows, columns))
+    left, above = (0.07 * n for n in letters)  # inches
+    width, height = 0.55 * cols + left, 0.55 * down + 0.3 + above
+    fig, axes = plt.subplots(down, cols, figsize=(width, height), squeeze=False)
     for ax in axes.flat:
         ax.axis('off')
     for ax, x in zip(axes.flat, images):
         ax.imshow(x.permute(1, 2, 0), cmap='gray', vmin=0, vmax=255)
-    fig.suptitle(title, fontsize=9)
-    fig.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.3 / height, wspace=0.06, hspace=0.06)
+    look = dict(fontsize=8, va='center')
+    for ax, name in zip(axes[:, 0], rows):
+        ax.text(-0.08, 0.5, name, ha='right', transform=ax.transAxes, **look)
+    for ax, name in zip(axes[0], columns):
+        look |= dict(ha='center', va='bottom', rotation=90)
+        ax.text(0.5, 1.06, name, transform=ax.transAxes, **look)
+    fig.suptitle(title, fontsize=9, y=1 - 0.05 / height, va='top')
+    edges = 0.01 + left / width, 0.01, 0.99, 1 - (0.3 + above) / height
+    fig.subplots_adjust(*edges, wspace=0.06, hspace=0.06)
     return axes
 
-
+# %% ../../nbs/data/02_banks.ipynb #9d2c70ab
+#| code-fold: true
 def show_grid(
     images,  # each (channels, height, width), values in 0 … 255
     cols: int,  # images a row

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..data.checks import Registry, check_size, pick
+from ..data.episodes import check_images, check_labels
 from ..engine.layers import task_linear
 from ..engine.lean import economical, flatten_stats, unflatten_stats, unroll
 from .norms import Norm, as_norm
@@ -250,6 +251,7 @@ def predict(
     xq: Tensor,  # query images, (tasks, n, channels, height, width), float in [0,1]
 ) -> Tensor:  # logits, (tasks, n, n_way)
     "Score the classes for each query image."
+    self._check_images('xq', xq)
     return self.logits(fast, xq, max(fast.steps - 1, 0))[0]
 
 # %% ../../nbs/learners/10_maml.ipynb #2edb7ec6
@@ -403,18 +405,31 @@ def _steps(self: MAML, steps):
 @patch
 def _check(self: MAML, xs, ys):
     "The number of ways of these tasks; a recorded graph knows it, and looks at no label."
-    if xs.dim() != 5:
-        expected = '(tasks, n_way*k_shot, channels, height, width)'
-        raise ValueError(f'xs has shape {tuple(xs.shape)}: expected {expected}')
+    self._check_images('xs', xs)
+    check_labels('ys', ys, 'xs', xs)
     if self.ways:
         return self.ways
-    top = int(ys.max())
+    low, top = torch.stack(ys.aminmax()).tolist()
+    if low < 0:
+        raise ValueError(f'label {low} in ys: the classes of a task are numbered from 0')
     if self.n_way and top >= self.n_way:
         raise ValueError(
             f'label {top} in ys, but the learner has n_way={self.n_way}: '
             f'labels run from 0 to {self.n_way - 1}'
         )
     return self.n_way or top + 1
+
+
+@patch
+def _check_images(self: MAML, name, x):
+    "Refuse what are no images of tasks, or of another type or device than the parameters."
+    check_images(name, x)
+    own = next(iter(self.theta.values()))
+    if (x.dtype, x.device) != (own.dtype, own.device):
+        raise ValueError(
+            f'{name} is {x.dtype} on {x.device}, but the parameters are {own.dtype} on '
+            f'{own.device}: {name}.to({own.dtype}).to({str(own.device)!r}), or to_dtype(learner, …)'
+        )
 
 # %% ../../nbs/learners/10_maml.ipynb #62f350d7
 @dataclass(frozen=True)
