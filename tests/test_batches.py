@@ -265,7 +265,7 @@ def test_the_grid_of_a_run_changes_the_grid_of_common(batch):
         (dict(grid=None), {}, 'runs: a: grid: it is empty'),
         (dict(grid=[1]), {}, 'runs: a: grid: expected `name: value`'),
         (dict(grid=dict(lr=[])), {}, 'grid: lr: the list is empty'),
-        (dict(grid=dict(lr=0.1)), {}, r'grid: lr: expected a list of values, as in lr: \[0.1, …\]'),
+        (dict(grid=dict(lr=0.1)), {}, r'lr: expected a list of values, as in lr: \[0.1, …\]'),
         (dict(grid=dict(step=[1])), {}, "no parameter 'step', did you mean 'steps'"),
         (dict(grid=dict(x=[1, 'two'])), {}, "x='two': expected int"),
         (dict(grid=dict(x=[1, 1.5])), {}, 'grid: x=1.5: expected int'),

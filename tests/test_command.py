@@ -2,16 +2,21 @@
 
 import importlib.metadata
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import venv
+import zipfile
+from argparse import SUPPRESS, Namespace
 from pathlib import Path
 import pytest
 import fewshotmeta
+import fewshotmeta.lab.command as C
 from conftest import ROOT
 from fewshotmeta.data.files import read_json
 from fewshotmeta.lab.command import main
+from fewshotmeta.lab.parameters import default_name, merge_parameters, read_parameters
 from tiny import notebook
 
 TRAIN = ROOT / 'nbs' / 'experiments' / 'train.ipynb'
@@ -27,14 +32,99 @@ def command(*args, **env):
     )
 
 
-def test_run(tmp_path):
-    nb = notebook(tmp_path)
-    given = ('-p', 'x=5', 'rate=0.25', '-p', 'name=b')
-    out = command('run', nb, '--runs', tmp_path / 'runs', *given)
+def parsed(words):
+    "What the command is asked for, and the parameters that are given, with and without defaults."
+    args = C._parser().parse_args([str(word) for word in words])
+    given = C._given(args, Path(args.notebook))
+    return args, given, merge_parameters(read_parameters(args.notebook), given)
+
+
+def test_run(tmp_path, monkeypatch, capsys):
+    "From its project's root, without a scale; then what is said from a folder inside it."
+    nb = notebook(tmp_path / 'nbs', 'x = 2\nname = "a"\nrate = 0.5')
+    (tmp_path / 'settings.ini').write_text('')
+    given = ('-p', 'x=5', 'rate=0.25', '-p', "name=it's b")
+    out = command('run', nb, *given)
     assert out.returncode == 0, out.stderr
     for words in ('square', '25.0000', 'result.json'):
         assert words in out.stdout
-    assert (tmp_path / 'runs' / 'exp' / 'name=b_rate=0.25_x=5' / 'result.json').is_file()
+    assert 'None' not in out.stdout
+    assert (tmp_path / 'runs/exp/name=it-s-b_rate=0.25_x=5/result.json').is_file()
+    words = shlex.split(out.stdout.splitlines()[-1])
+    args, _, params = parsed(words[words.index('run') :])
+    assert params == dict(x=6, name="it's b", rate=0.25)
+    assert args.notebook == str(nb)
+    deep = tmp_path / 'nbs' / 'deep'
+    deep.mkdir()
+    monkeypatch.chdir(deep)
+    for look in ('status', 'results'):
+        assert C.main([look]) == 0
+        assert 'exp/name=it-s-b_rate=0.25_x=5 ' in capsys.readouterr().out
+    monkeypatch.chdir('/')
+    assert C.main(['results']) == 2
+    assert 'no folder /runs: go to the project, or name it with --runs' in capsys.readouterr().err
+
+
+SEEDED = 'x = 2\nrate = 0.5\nways = [1]\nmaybe = None\niterations = 30\nseed = 0'
+LONG = tuple(f'parameter_{i:02d}=1' for i in range(9))
+
+
+@pytest.mark.parametrize(
+    'cell,given,options,change,name',
+    [
+        (SEEDED, (), (), dict(seed=1), 'seed=1'),
+        (SEEDED, ('seed=4', 'rate=.1'), (), dict(seed=5), 'rate=0.1_seed=5'),
+        (SEEDED, ('ways=1,2', 'maybe="a b"'), (), dict(seed=1), "maybe=a-b_seed=1_ways=-1-2-"),
+        (SEEDED, ('x=3',), ('--name', 'm/one'), dict(seed=1), 'm/one_seed1'),
+        (SEEDED, ('seed=9',), ('--name', 'one_seed9'), dict(seed=10), 'one_seed10'),
+        (SEEDED[:-9], ('x=3',), ('--limit', '2.5'), dict(iterations=60), 'iterations=60_x=3'),
+        ('rate = 0.5\nx = -1', (), ('--name', 'a'), dict(x=0), 'a_x0'),
+    ],
+)
+def test_what_a_run_proposes(tmp_path, cell, given, options, change, name):
+    "The same run but for one parameter, under another name, in the same place."
+    pairs = ('-p', *given) if given else ()
+    words = 'run', notebook(tmp_path, cell), *pairs, *options, '--runs', tmp_path / 'a b'
+    args, values, params = parsed(words)
+    result = dict(run=args.name.rpartition('/')[2] or default_name(values), params=params)
+    said = C._next_command(result, values, args, *C._changed(params))
+    words = shlex.split(said)
+    again, values, changed = parsed(words[words.index('run') :])
+    assert changed == params | change
+    assert (again.runs, again.limit) == (args.runs, args.limit)
+    assert (again.name or default_name(values)) == name
+
+
+def test_a_proposal_has_a_name_where_that_of_its_parameters_is_cut(tmp_path):
+    nb = notebook(tmp_path, '\n'.join(f'{pair[:-1]}0' for pair in LONG) + '\nseed = 0')
+    args, values, params = parsed(('run', nb, '-p', *LONG))
+    result = dict(run=default_name(values), params=params)
+    words = shlex.split(C._next_command(result, values, args, *C._changed(params)))
+    assert words[-1] == f'{default_name(values)}_seed1'
+
+
+def test_a_run_without_a_whole_number_proposes_nothing(capsys):
+    params = dict(name='a', rate=0.5, flag=True)
+    C._say_next(dict(params=params), {}, Namespace())
+    assert 'change a parameter with -p: name, rate, flag' in capsys.readouterr().out
+
+
+def parsers():
+    "Of each subcommand."
+    (subcommands,) = [a for a in C._parser()._actions if hasattr(a, '_choices_actions')]
+    return subcommands.choices
+
+
+@pytest.mark.parametrize('name', parsers())
+def test_help_tells_each_argument_and_its_default(name):
+    "An argument that must be given has none."
+    parser = parsers()[name]
+    for action in parser._actions:
+        told = action.help
+        assert told and told != SUPPRESS, (name, action.dest)
+        if action.dest != 'help' and not action.required:
+            assert '(default: ' in told, (name, action.dest)
+    assert parser.description
 
 
 @pytest.mark.parametrize(
@@ -97,6 +187,109 @@ def test_data(tmp_path):
     bad = command('data', '--get', 'imagenet', '--root', tmp_path)
     assert bad.returncode == 2
     assert 'choose one of omniglot' in bad.stderr
+
+
+# ---- tab completion
+def test_completion_says_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'argcomplete', None)
+    with pytest.raises(SystemExit) as stopped:
+        C.main(['--print-completion', 'bash'])
+    assert stopped.value.code == 2
+    needs = 'tab completion needs argcomplete: pip install "fewshotmeta[complete]"'
+    assert needs in capsys.readouterr().err
+    monkeypatch.setenv('_ARGCOMPLETE', '1')
+    assert C.main(['results', 'no/such', '--runs', str(ROOT / 'runs')]) == 0  # it goes on without
+
+
+def completer(subcommand, dest):
+    (action,) = [a for a in parsers()[subcommand]._actions if a.dest == dest]
+    return action.completer
+
+
+def test_what_is_completed(tmp_path, monkeypatch):
+    nb = notebook(tmp_path / 'mine')
+    (tmp_path / 'mine.yaml').write_text('')
+    monkeypatch.chdir(tmp_path)
+    notebooks, files = completer('run', 'notebook'), completer('batch', 'file')
+    assert {'train', 'ways', 'mine/'} <= set(notebooks('mi'))
+    assert 'mine/exp.ipynb' in notebooks('mine/')
+    assert 'mine.yaml' not in notebooks('mi')
+    assert {'omniglot', 'mine.yaml', 'mine/'} <= set(files('m'))
+    assert set(completer('status', 'files')('m')) == set(files('m'))
+    parameters = completer('run', 'parameters')
+    assert parameters('', Namespace(notebook=str(nb)))[:2] == ['x=', 'name=']
+    assert 'n_way=' in parameters('n', Namespace(notebook='train'))
+    for none in ('', 'none', 'none.ipynb', 'mine.yaml', None):
+        assert parameters('', Namespace(notebook=none)) == []
+
+
+@pytest.mark.parametrize(
+    'line,expected',
+    [
+        ('fewshotmeta ru', 'run '),
+        ('fewshotmeta batch --dry', '--dry-run '),
+        ('fewshotmeta run adapt', 'adaptation_timing '),
+        ('fewshotmeta run train -p n_w', 'n_way='),
+        ('fewshotmeta run train -p n_way=5 inner_l', 'inner_lr='),
+    ],
+)
+def test_a_shell_is_answered(tmp_path, line, expected):
+    pytest.importorskip('argcomplete')
+    answer = tmp_path / 'answer'
+    asked = dict(COMP_LINE=line, COMP_POINT=str(len(line)), COMP_TYPE='9', _ARGCOMPLETE='1')
+    command(**asked, _ARGCOMPLETE_STDOUT_FILENAME=str(answer))
+    assert answer.read_text() == expected
+    assert 'fewshotmeta' in command('--print-completion', 'bash').stdout
+
+
+# ---- a wheel, away from the repository
+@pytest.fixture(scope='module')
+def installed(tmp_path_factory):
+    "`installed(…)` runs the command of a wheel's content, in an empty folder with a project above."
+    folder = tmp_path_factory.mktemp('wheel')
+    source, away = folder / 'source', folder / 'away'
+    no_caches = shutil.ignore_patterns('__pycache__')
+    for part in ('fewshotmeta', 'nbs/experiments'):
+        shutil.copytree(ROOT / part, source / part, ignore=no_caches)
+    for part in ('pyproject.toml', 'README.md', 'LICENSE'):
+        shutil.copy(ROOT / part, source)
+    build = f'from setuptools.build_meta import build_wheel; build_wheel({str(folder)!r})'
+    subprocess.run([sys.executable, '-c', build], cwd=source, check=True, capture_output=True)
+    (wheel,) = folder.glob('*.whl')
+    zipfile.ZipFile(wheel).extractall(folder / 'site')
+    away.mkdir()
+    (folder / 'settings.ini').write_text('')  # a virtual environment may lie in a project
+
+    def python(*args):
+        program = [sys.executable, '-m', 'fewshotmeta.lab.command', *map(str, args)]
+        env = os.environ | dict(PYTHONPATH=str(folder / 'site'))
+        return subprocess.run(program, cwd=away, env=env, capture_output=True, text=True)
+
+    return folder, python
+
+
+@pytest.mark.xdist_group('wheel')
+def test_a_wheel_has_all_modules_and_experiments(installed):
+    folder, _ = installed
+    no_caches = {p for p in (ROOT / 'fewshotmeta').rglob('*') if '__pycache__' not in p.parts}
+    files = {p.relative_to(ROOT) for p in no_caches if p.is_file()}
+    there = [p for p in (ROOT / 'nbs/experiments').iterdir() if p.suffix in ('.ipynb', '.yaml')]
+    files |= {Path('fewshotmeta/experiments', p.name) for p in there}
+    assert {f for f in files if not (folder / 'site' / f).is_file()} == set()
+
+
+@pytest.mark.xdist_group('wheel')
+def test_a_wheel_runs_experiments_by_name(installed):
+    folder, python = installed
+    unknown = python('run', 'trian')
+    assert unknown.returncode == 2
+    assert "trian here, did you mean 'train'? The experiments are: adaptation_" in unknown.stderr
+    few = [f'{name}=2' for name in ('iterations', 'valid_every', 'valid_tasks', 'test_tasks')]
+    out = python('run', 'train', '--name', 'by/name', '-p', *few, 'filters=4')
+    assert out.returncode == 0, out.stderr
+    assert read_json(folder / 'away/runs/by/name/result.json')['notebook'] == 'train.ipynb'
+    dry = python('batch', 'hypermaml_t2', '--scale', 'smoke', '--dry-run')
+    assert 'hypermaml_t2/emnist_hypermaml_1shot_smoke    new' in dry.stdout, dry.stderr
 
 
 # ---- the package on PYTHONPATH, and no distribution of its name

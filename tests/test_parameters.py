@@ -276,8 +276,8 @@ def test_experiments_are_found_by_name(tmp_path, monkeypatch):
     with pytest.raises(BadParameters, match="trian here, did you mean 'train'. .*: adaptation_"):
         experiment_file('trian')
     (tmp_path / 'settings.ini').write_text('')
-    folder = tmp_path / 'nbs' / 'experiments'
-    own = notebook(folder).rename(folder / 'train.ipynb')
+    own = tmp_path / 'nbs' / 'experiments' / 'train.ipynb'
+    notebook(own.parent).rename(own)
     assert experiment_file('train') == own
     (tmp_path / 'train.ipynb').write_text('')
     assert experiment_file('train.ipynb') == Path('train.ipynb')

@@ -7,8 +7,12 @@ __all__ = ['main']
 
 # %% ../../nbs/lab/20_command.ipynb #1ef0d770
 import argparse
+import contextlib
+import glob
 import os
 import platform
+import re
+import shlex
 import shutil
 import sys
 from functools import partial
@@ -17,8 +21,9 @@ from pathlib import Path
 import fewshotmeta
 from ..data.files import cache_folder, data_root, digest_of, unpack
 from ..data.checks import check_size
-from .parameters import BadParameters, merge_parameters, parse_value
-from .parameters import project_folder, read_parameters
+from .parameters import BadParameters, default_name, experiment_file
+from .parameters import experiment_files, merge_parameters, parse_value
+from .parameters import read_parameters, runs_folder
 from .provenance import device_name, provenance, version_of
 from .locks import RunBusy
 from .execution import RunFailed, format_metric
@@ -29,10 +34,11 @@ from .slurm import slurm_queue
 from .workers import Options, run_batch, todo
 from .results import all_results, group_results, nothing_matches, table_of
 from .results import table_text, write_table
-from .compare import compare
 
 # %% ../../nbs/lab/20_command.ipynb #c37a048e
 _PAIRS = dict(nargs='+', action='extend', default=[], metavar='name=value')  # given once or often
+_SCALE = 'a scale of the file, such as smoke or paper (default: short, or its first one)'
+_RUNS = 'folder of all runs (default: runs in the project)'
 
 
 def _subcommand(subcommands, name, action, help):
@@ -44,32 +50,38 @@ def _subcommand(subcommands, name, action, help):
 
 def _add_execution(parser):
     "Add what `run` and `batch` have in common."
-    parser.add_argument('--runs', help='folder of all runs')
-    again = 'run again what is finished, from the start'
+    parser.add_argument('--runs', help=_RUNS)
+    again = 'run again what is finished, from the start (default: leave it alone)'
     parser.add_argument('--force', action='store_true', help=again)
-    stop = 'stop a run that takes longer'
+    stop = 'stop a run that takes longer (default: 0, no limit)'
     parser.add_argument('--limit', type=float, default=0, metavar='MINUTES', help=stop)
 
 # %% ../../nbs/lab/20_command.ipynb #bb3c013a
 def _add_run(subcommands):
     run = _subcommand(subcommands, 'run', _run, 'execute an experiment notebook')
-    run.add_argument('notebook')
-    run.add_argument('-p', '--parameters', **_PAIRS)
-    run.add_argument('--name', default='', help='name, or experiment/name')
+    named = 'an experiment notebook, or the name of one, such as train'
+    run.add_argument('notebook', help=named).completer = partial(_complete_file, '.ipynb')
+    given = 'parameters that differ from their defaults in the notebook (default: none)'
+    pairs = run.add_argument('-p', '--parameters', help=given, **_PAIRS)
+    pairs.completer = _complete_parameter
+    called = 'name of the run, or experiment/name (default: made of the parameters)'
+    run.add_argument('--name', default='', help=called)
     _add_execution(run)
 
 
 def _run(args):
-    given = _given(args)
-    _check_combination(args.notebook, given)
-    result = run_notebook(args.notebook, given, args.name, args.runs, args.force, limit=args.limit)
+    notebook = experiment_file(args.notebook)
+    given = _given(args, notebook)
+    _check_combination(notebook, given)
+    result = run_notebook(notebook, given, args.name, args.runs, args.force, limit=args.limit)
     if not int(os.environ.get('RANK', 0)):  # under torchrun the first rank speaks
-        _say_result(result, args)
+        _say_result(result, Path(args.runs or runs_folder(notebook)))
+        _say_next(result, given, args)
 
 
-def _given(args):
+def _given(args, notebook):
     "Read the parameters as the notebook's defaults say; what it lacks is refused by the runner."
-    known = read_parameters(args.notebook) if Path(args.notebook).is_file() else {}
+    known = read_parameters(notebook) if notebook.is_file() else {}
     given = {}
     for item in args.parameters:
         name, equals, text = item.partition('=')
@@ -94,31 +106,65 @@ def _check_combination(notebook, given, where=''):
         raise BadParameters(f'{where}{e}') from None
 
 # %% ../../nbs/lab/20_command.ipynb #19d864e4
-def _say_result(result, args):
+def _say_result(result, runs):
     already = 'already done: ' if result.get('already') else ''
     run = f'{result["experiment"]}/{result["run"]}'
-    cost = f'{result["seconds"]:.0f} s on {result["device"]}'
-    print(f'\n{already}{run}, scale {result["scale"]}, {cost}')
+    scale = f'scale {result["scale"]}, ' if result['scale'] else ''
+    print(f'\n{already}{run}, {scale}{result["seconds"]:.0f} s on {result["device"]}')
     for name, metric in result['metrics'].items():
         print(f'  {name:32s} {format_metric(metric)}   (n={metric["n"]})')
-    folder = os.path.relpath(Path(args.runs or project_folder(args.notebook) / 'runs') / run)
+    folder = os.path.relpath(runs / run)
     print(f'\n  executed notebook  {folder}/notebook.ipynb')
     print(f'  result             {folder}/result.json')
     if already:
         print('  --force runs it again')
-    _say_next(args.notebook)
 
 
-def _say_next(notebook):
-    "Say what a newcomer may try now, as commands that can be typed."
-    me = 'fewshotmeta' if shutil.which('fewshotmeta') else os.path.relpath(sys.argv[0])
-    known = read_parameters(notebook)
-    values = [f'{k}={v}' for k, v in dict(n_way=20, seed=1).items() if k in known]
-    example = ' '.join(values) or 'name=value'
-    print(f'\nNext: change a parameter, as in\n  {me} run {notebook} -p {example}')
-    print(
-        f'or `make lab`, open {notebook} and read it; `{me} data` says which data sets are there.'
-    )
+def _say_next(result, given, args):
+    "Propose a run that differs from the one that ended in one parameter."
+    me = shlex.join(_this_command())
+    print(f'\n`{me} results` lists all results, `{me} data` the data sets that are there.')
+    if changed := _changed(result['params']):
+        print(f'Next: change a parameter, as in\n  {_next_command(result, given, args, *changed)}')
+    else:
+        print(f'Next: change a parameter with -p: {", ".join(result["params"])}')
+
+
+def _changed(params):
+    "Return the parameter to change, and its next value; None if there is no whole number."
+    numbers = {name: value for name, value in params.items() if type(value) is int}
+    if 'seed' not in numbers and 'iterations' in numbers:
+        return 'iterations', 2 * numbers['iterations']
+    for name in ('seed', *numbers):
+        if name in numbers:
+            return name, numbers[name] + 1
+    return None
+
+# %% ../../nbs/lab/20_command.ipynb #c4f70a1d
+def _next_command(result, given, args, name, value):
+    "Return what to type for the same run with another value of a parameter."
+    pairs = [item for item in args.parameters if item.partition('=')[0] != name]
+    words = ['run', args.notebook, '-p', *pairs, f'{name}={value}']
+    called = args.name
+    if default_name(given | {name: value}) == result['run']:  # too long: cut before the change
+        called = result['run']
+    if called:
+        words += ['--name', re.sub(rf'_{name}-?\d+$', '', called) + f'_{name}{value}']
+    if args.runs:
+        words += ['--runs', args.runs]
+    if args.limit:
+        words += ['--limit', f'{args.limit:g}']
+    return shlex.join([*_this_command(), *words])
+
+
+def _this_command():
+    "Return the words that call this program here."
+    if shutil.which('fewshotmeta'):
+        return ['fewshotmeta']
+    script = os.path.relpath(sys.argv[0])
+    if Path(script).name == 'fewshotmeta':
+        return [script]
+    return [sys.executable, '-m', 'fewshotmeta.lab.command']
 
 # %% ../../nbs/lab/20_command.ipynb #9e921cc4
 def _add_batch(subcommands):
@@ -127,17 +173,23 @@ def _add_batch(subcommands):
         'what is done is left alone, what was interrupted continues'
     )
     batch = _subcommand(subcommands, 'batch', _batch, what)
-    batch.add_argument('file')
-    batch.add_argument('--scale', default='', help='smoke, short or paper; default: short')
-    batch.add_argument('--only', default='*', metavar='GLOB', help='of the names of the runs')
-    batch.add_argument('--jobs', type=int, default=0, metavar='N', help='runs at a time')
-    batch.add_argument('--gpus', default='', metavar='0,1', help='each run gets one')
-    batch.add_argument('--executor', default='local', help='local or slurm')
+    named = 'a batch file, or the name of one, such as omniglot'
+    batch.add_argument('file', help=named).completer = partial(_complete_file, '.yaml')
+    batch.add_argument('--scale', default='', help=_SCALE)
+    only = 'make only the runs whose names match'
+    batch.add_argument('--only', default='*', metavar='GLOB', help=f'{only} (default: all)')
+    at_once = 'runs at a time (default: one for each GPU, or one)'
+    batch.add_argument('--jobs', type=int, default=0, metavar='N', help=at_once)
+    one = 'GPUs to use, each run gets one (default: as the machine has them)'
+    batch.add_argument('--gpus', default='', metavar='0,1', help=one)
+    where = 'local or slurm (default: local)'
+    batch.add_argument('--executor', default='local', help=where)
     example = 'partition=gpu time=600 mem=16GB gpus_per_node=1'
-    slurm = f'for sbatch, as submitit names it: {example}'
+    slurm = f'for sbatch, as submitit names it: {example} (default: none)'
     batch.add_argument('--slurm', help=slurm, **_PAIRS)
-    batch.add_argument('--dry-run', action='store_true', help='only say what would be done')
-    stale = 'also run again what other code finished'
+    dry = 'only say what would be done (default: do it)'
+    batch.add_argument('--dry-run', action='store_true', help=dry)
+    stale = 'also run again what other code finished (default: leave it alone)'
     batch.add_argument('--stale', action='store_true', help=stale)
     _add_execution(batch)
 
@@ -194,9 +246,11 @@ def _pairs(items):
 # %% ../../nbs/lab/20_command.ipynb #7456ce63
 def _add_status(subcommands):
     status = _subcommand(subcommands, 'status', _status, 'how runs stand')
-    status.add_argument('files', nargs='*', metavar='FILE.yaml')
-    status.add_argument('--scale', default='')
-    status.add_argument('--runs')
+    listed = 'batch files, or their names (default: everything in the folder of runs)'
+    files = status.add_argument('files', nargs='*', metavar='FILE.yaml', help=listed)
+    files.completer = partial(_complete_file, '.yaml')
+    status.add_argument('--scale', default='', help=_SCALE)
+    status.add_argument('--runs', help=_RUNS)
 
 
 def _status(args):
@@ -211,7 +265,7 @@ def _status(args):
 
 
 def _runs_folder(args):
-    runs = Path(args.runs or 'runs')
+    runs = Path(args.runs or runs_folder())
     if not runs.is_dir():
         raise FileNotFoundError(f'no folder {runs}: go to the project, or name it with --runs')
     return runs
@@ -222,7 +276,7 @@ def _overview(runs):
     results, bad = all_results(runs)
     for r in results:
         run = f'{r["experiment"]}/{r["run"]}'
-        print(f'✓ {run:60s} {r["scale"]:6s} {headline(r)}')
+        print(f'✓ {run:60s} {r["scale"] or "":6s} {headline(r)}')
     for b in bad:
         print(f'! {b}')
     begun = [folder for folder in sorted(runs.glob('*/*/')) if _is_begun(folder)]
@@ -242,14 +296,19 @@ def _is_begun(folder):
 # %% ../../nbs/lab/20_command.ipynb #7a26c61f
 def _add_results(subcommands):
     results = _subcommand(subcommands, 'results', _results, 'a table of all results')
-    results.add_argument('pattern', nargs='?', default='*', help='of experiment/run')
-    results.add_argument('--out', metavar='FILE', help='.csv or .parquet')
-    results.add_argument('--every', action='store_true', help='every metric, not only the first')
-    every = 'also those of which all runs have the same value'
+    results.add_argument('pattern', nargs='?', default='*', help='of experiment/run (default: all)')
+    table = 'a .csv or .parquet file for the table (default: the screen)'
+    results.add_argument('--out', metavar='FILE', help=table)
+    every = 'list every metric of a result (default: the first one)'
+    results.add_argument('--every', action='store_true', help=every)
+    every = 'also parameters of which all runs have the same value (default: those that differ)'
     results.add_argument('--all-parameters', action='store_true', help=every)
-    mean = 'mean ± standard deviation over the seeds of the runs that have the same of these'
+    mean = (
+        'mean ± standard deviation over the seeds of the runs that have the same values of these '
+        'parameters (default: a row a run)'
+    )
     results.add_argument('--by', nargs='+', default=[], metavar='PARAMETER', help=mean)
-    results.add_argument('--runs', help='folder of all runs')
+    results.add_argument('--runs', help=_RUNS)
 
 
 def _results(args):
@@ -278,20 +337,25 @@ def _add_compare(subcommands):
     compared = _subcommand(subcommands, 'compare', _compare, what)
     names = "experiment/run, a pattern for the seeds of a method as 'table/maml_seed*', or a folder"
     compared.add_argument('names', nargs='+', metavar='RUN', help=names)
-    compared.add_argument('--metric', default='test_accuracy', help='default: test_accuracy')
-    compared.add_argument('--runs', default='runs', help='folder of all runs')
+    metric = 'an accuracy over test tasks (default: test_accuracy)'
+    compared.add_argument('--metric', default='test_accuracy', help=metric)
+    compared.add_argument('--runs', help=_RUNS)
 
 
 def _compare(args):
-    print(compare(args.names, args.metric, args.runs))
+    from fewshotmeta.lab.compare import compare
+
+    print(compare(args.names, args.metric, _runs_folder(args)))
 
 # %% ../../nbs/lab/20_command.ipynb #15c7bc2a
 def _add_data(subcommands):
     what = 'which data sets are there, and how to get those that are not'
     data = _subcommand(subcommands, 'data', _data, what)
-    data.add_argument('--root')
-    data.add_argument('--get', metavar='NAME')
-    archive = 'unpack a downloaded archive into the data root'
+    where = 'data root (default: FEWSHOTMETA_DATA, else a cache folder)'
+    data.add_argument('--root', help=where)
+    get = 'load a data set, downloading it where that is possible (default: none)'
+    data.add_argument('--get', metavar='NAME', help=get)
+    archive = 'unpack a downloaded archive into the data root (default: none)'
     data.add_argument('--unpack', metavar='ARCHIVE', help=archive)
 
 
@@ -327,14 +391,19 @@ def _get(name, root):
 def _add_bench(subcommands):
     what = 'time our plans and other implementations side by side'
     bench = _subcommand(subcommands, 'bench', _bench, what)
-    default = 'default: runs/speed/cpu or cuda, for the whole bench'
-    bench.add_argument('--out', help=f'folder for bench.json and bench.png; {default}')
-    bench.add_argument('--cases', default='*', metavar='PATTERN')
-    bench.add_argument('--rounds', type=int, default=7)
-    bench.add_argument('--device', default='cpu')
-    bench.add_argument('--no-memory', action='store_true')
-    bench.add_argument('--no-curves', action='store_true')
-    bench.add_argument('--quick', action='store_true', help='only see whether it runs')
+    out = 'folder for bench.json and bench.png (default: speed/cpu or speed/cuda in the runs)'
+    bench.add_argument('--out', help=out)
+    cases = 'only the cases whose names match (default: all)'
+    bench.add_argument('--cases', default='*', metavar='PATTERN', help=cases)
+    rounds = 'how often each case is timed (default: 7)'
+    bench.add_argument('--rounds', type=int, default=7, help=rounds)
+    bench.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
+    memory = 'leave the memory out (default: measure it)'
+    bench.add_argument('--no-memory', action='store_true', help=memory)
+    curves = 'leave the learning curves out (default: draw them)'
+    bench.add_argument('--no-curves', action='store_true', help=curves)
+    quick = 'only see whether it runs (default: time it)'
+    bench.add_argument('--quick', action='store_true', help=quick)
 
 
 def _bench(args):
@@ -354,7 +423,7 @@ def _bench(args):
     )
     device = device_name(args.device == 'cuda')
     result |= dict(provenance=dict(device=device, **provenance()))
-    out = args.out or f'runs/speed/{torch.device(args.device).type}'
+    out = args.out or runs_folder() / 'speed' / torch.device(args.device).type
     save_bench(result, out)
     print(f'\n{show_targets(result)}\n\n{os.path.relpath(out)}/bench.json and bench.png')
 
@@ -369,6 +438,47 @@ def _check_bench(args, has_gpu):
     if args.device == 'cuda' and not has_gpu:
         raise ValueError('device=cuda, but PyTorch sees no GPU: use --device cpu')
 
+# %% ../../nbs/lab/20_command.ipynb #60d9c3be
+_SHELLS = 'bash', 'zsh', 'fish', 'tcsh', 'powershell'
+
+
+class _PrintCompletion(argparse.Action):
+    "Print what makes a shell complete this command, and end."
+
+    def __call__(self, parser, namespace, shell, option_string=None):
+        try:
+            from argcomplete import shellcode
+        except ImportError:
+            extra = 'pip install "fewshotmeta[complete]"'
+            parser.exit(2, f'fewshotmeta: tab completion needs argcomplete: {extra}\n')
+        print(shellcode(['fewshotmeta'], shell=shell))
+        parser.exit()
+
+
+def _complete(parser):
+    "Answer a shell that asks what could come next, and end; otherwise do nothing."
+    if '_ARGCOMPLETE' in os.environ:
+        with contextlib.suppress(ImportError):
+            import argcomplete
+
+            argcomplete.autocomplete(parser)
+
+
+def _complete_file(ending, prefix, **context):
+    "List the experiments, and the files and folders here, that a prefix may become."
+    paths = glob.glob(f'{glob.escape(prefix)}*')
+    files = [path for path in paths if path.endswith(ending)]
+    folders = [f'{path}/' for path in paths if os.path.isdir(path)]
+    return [*experiment_files(ending), *files, *folders]
+
+
+def _complete_parameter(prefix, parsed_args, **context):
+    "List the parameters of the notebook that was named before."
+    try:
+        return [f'{name}=' for name in read_parameters(experiment_file(parsed_args.notebook))]
+    except (BadParameters, OSError, AttributeError, TypeError):  # no notebook yet, or none such
+        return []
+
 # %% ../../nbs/lab/20_command.ipynb #6bb691aa
 def _versions():
     "Return what `--version` says; our own package needs no installed distribution."
@@ -381,6 +491,10 @@ def _parser():
     what = 'Few-shot meta-learning experiments.'
     parser = argparse.ArgumentParser(prog='fewshotmeta', description=what)
     parser.add_argument('--version', action='version', version=_versions())
+    completion = 'print what turns on tab completion in a shell (default: none)'
+    parser.add_argument(
+        '--print-completion', action=_PrintCompletion, choices=_SHELLS, help=completion
+    )
     subcommands = parser.add_subparsers(required=True)
     every = _add_run, _add_batch, _add_status, _add_results, _add_compare, _add_data, _add_bench
     for add in every:
@@ -392,7 +506,9 @@ def main(
     argv: list | None = None,  # arguments; None: the command line's
 ) -> int:  # exit status: 0 done, 1 something failed, 2 it was asked for wrongly, 130 interrupted
     "Do what the command `fewshotmeta` was asked for."
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    _complete(parser)
+    args = parser.parse_args(argv)
     try:
         return args.action(args) or 0
     except (ValueError, FileNotFoundError) as e:

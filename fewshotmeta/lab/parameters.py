@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BadParameters', 'Parameter', 'read_parameters', 'parse_value', 'check_value', 'merge_parameters', 'default_name',
-           'split_name', 'project_folder', 'runs_folder', 'experiment_file']
+           'split_name', 'project_folder', 'runs_folder', 'experiment_file', 'experiment_files']
 
 # %% ../../nbs/lab/00_parameters.ipynb #b2998f3d
 import ast
@@ -302,10 +302,7 @@ def experiment_file(
     path = Path(path)
     if path.is_file() or path.name != str(path):
         return path
-    named = {}
-    for folder in _experiment_folders():
-        for file in sorted(folder.glob(f'*{ending}')):
-            named.setdefault(file.stem, file)
+    named = experiment_files(ending)
     name = path.name.removesuffix(ending)
     if name not in named:
         near, names = did_you_mean(name, named) or '.', ', '.join(named) or 'none'
@@ -313,8 +310,14 @@ def experiment_file(
     return named[name]
 
 
-def _experiment_folders():
-    "Return where experiments have names, the first one first."
+def experiment_files(
+    ending: str = '.ipynb',  # '.ipynb' for notebooks, '.yaml' for batch files
+) -> dict[str, Path]:
+    "Return the files of all experiments that have a name: the project's, then the package's."
     repository = _PACKAGE.parent / 'nbs' / 'experiments'
     ours = repository if repository.is_dir() else _PACKAGE / 'experiments'
-    return runs_folder().parent / 'nbs' / 'experiments', ours
+    named = {}
+    for folder in (runs_folder().parent / 'nbs' / 'experiments', ours):
+        for file in sorted(folder.glob(f'*{ending}')):
+            named.setdefault(file.stem, file)
+    return named
