@@ -1,12 +1,15 @@
 """An evaluation is a mean over fixed tasks, and says what kind."""
 
+import io
 import math
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
+import fewshotmeta.training.evaluation as evaluation
 from fewshotmeta.all import *
 from fewshotmeta.engine.kernels import _wide
 
@@ -129,3 +132,88 @@ def test_bad_input(test):
         accuracies(hidra(conv4(size=16, filters=4), 5), WaysSampler(test, 2, 5), 3)
     with pytest.raises(ValueError, match='per-step parameters for 2'):
         evaluate(small(norm_steps=2), test, 3, steps=3)
+
+
+# ---- accuracy and loss from one pass
+@pytest.mark.parametrize('several', [False, True])
+def test_the_losses_by_hand(test, several):
+    learner = Ensemble([small(), small()]) if several else small()
+    found = measure(learner, test, 9)
+    assert isinstance(found, Measured)
+    assert torch.equal(found.accuracies, accuracies(learner, test, 9))
+    for i, loss in enumerate(found.losses):
+        ep = test[i : i + 1]
+        logits = learner.predict(learner.adapt(ep.xs, ep.ys), ep.xq)[0]
+        by_hand = torch.nn.functional.cross_entropy(logits, ep.yq[0])
+        assert loss.item() == pytest.approx(by_hand.item(), abs=1e-4)
+
+
+# ---- seen while it goes on
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    "What is shown and noted late comes at once."
+    for name in ('_BAR_AFTER', '_LINE_AFTER', '_NOTE_EVERY'):
+        monkeypatch.setattr(evaluation, name, 0)
+
+
+@pytest.fixture
+def shown(monkeypatch, test):
+    "`shown(out, …)` is what `evaluate` writes to this standard error while it tests three tasks."
+
+    def show(out, **options):
+        with monkeypatch.context() as m:
+            m.setattr(sys, 'stderr', out)
+            evaluate(small(), test, 3, **options)
+        return out.getvalue()
+
+    return show
+
+
+def test_a_bar_on_a_terminal_and_a_line_elsewhere(shown, at_once):
+    bar = shown(Terminal())
+    assert 'testing' in bar and '/3' in bar
+    assert bar.endswith('\r') and '\n' not in bar, 'it goes away'
+    assert re.fullmatch(r'testing: 3 tasks in \d+ s\n', shown(io.StringIO()))
+    for out in (Terminal(), io.StringIO()):
+        assert shown(out, progress=False) == ''
+
+
+def test_what_is_short_shows_nothing(shown, monkeypatch):
+    monkeypatch.setattr(evaluation, '_BAR_AFTER', 600)
+    monkeypatch.setattr(evaluation, '_LINE_AFTER', 600)
+    assert shown(Terminal()) == shown(io.StringIO()) == ''
+
+
+def test_an_evaluation_within_a_run_is_noted_in_its_folder(monkeypatch, at_once, test, tmp_path):
+    "And what was noted of the training stays; a test without a training is noted, too."
+    expected = evaluate(small(), test, 8).accuracies
+    monkeypatch.setenv('FEWSHOTMETA_RUN', str(tmp_path))
+    assert torch.equal(evaluate(small(), test, 8).accuracies, expected)
+    noted = read_progress(tmp_path)
+    assert noted.pop('spent') >= 0
+    assert noted == dict(phase='testing', done=8, all=8)
+    fit(small(), test, 1, 1, checkpoint=tmp_path / 'trained', progress=False)
+    monkeypatch.setenv('FEWSHOTMETA_RUN', str(tmp_path / 'trained'))
+    evaluate_ways(small(), test, (5,), 4)
+    noted = read_progress(tmp_path / 'trained')
+    assert (noted['phase'], noted['all'], noted['iteration']) == ('testing', 4, 1)
+
+
+def test_only_the_first_rank_shows_and_notes(shown, monkeypatch, at_once, tmp_path):
+    monkeypatch.setenv('FEWSHOTMETA_RUN', str(tmp_path))
+    monkeypatch.setenv('RANK', '1')
+    assert shown(Terminal()) == shown(io.StringIO()) == ''
+    assert read_progress(tmp_path) == {}
+
+
+def test_an_error_is_no_end(monkeypatch, at_once):
+    said = io.StringIO()
+    monkeypatch.setattr(sys, 'stderr', said)
+    with pytest.raises(KeyboardInterrupt), TaskProgress('testing', 3):
+        raise KeyboardInterrupt
+    assert said.getvalue() == ''

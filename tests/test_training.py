@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import fewshotmeta.training.evaluation as evaluation
 import fewshotmeta.training.fit as training
 from fewshotmeta.all import *
 
@@ -349,7 +350,7 @@ def bias_of_the_head(name, learner):
 @pytest.mark.parametrize(
     'change,words',
     [
-        (dict(iterations=25), 'iterations: 24 there, 25 here'),
+        (dict(iterations=25), 'iterations: 24 there, 25 here.*Cosine'),
         (dict(meta_lr=0.5), 'meta_lr: 0.001 there, 0.5 here'),
         (dict(schedule=constant), 'schedule'),
         (dict(learner=small(inner_lr=0.1)), 'inner_lr'),
@@ -441,7 +442,234 @@ def test_metrics_are_a_table(train, valid, tmp_path):
     run = fitted(train, valid, tmp_path)
     table = pd.read_csv(tmp_path / 'metrics.csv')
     assert table.iteration.tolist() == [4, 8, 12, 16, 20, 24]
-    columns = ['iteration', 'loss', 'accuracy', 'lr', 'seconds', 'val_accuracy']
+    columns = ['iteration', 'loss', 'accuracy', 'lr', 'seconds', 'val_accuracy', 'val_loss']
     assert list(table) == columns
-    assert table.val_accuracy.notna().sum() == 3
+    assert table.val_accuracy.notna().sum() == table.val_loss.notna().sum() == 3
     assert np.allclose(table.loss, [r['loss'] for r in run.history])
+
+
+# ---- the rows of the metrics
+def test_every_row_is_a_mean_over_as_many_iterations(train, valid):
+    "A validation between two rows makes no row of few iterations, and stands at its own time."
+    single = [row['loss'] for row in fitted(train, valid, log_every=1).history]
+    history = fitted(train, valid, log_every=5, valid_every=8).history
+    assert [row['iteration'] for row in history] == [5, 8, 10, 15, 16, 20, 24]
+    for row in history:
+        i = row['iteration']
+        assert row['loss'] == pytest.approx(np.mean(single[max(0, i - 5) : i]), abs=1e-6)
+    assert [row['iteration'] for row in history if row['val_accuracy'] is not None] == [8, 16, 24]
+
+
+@pytest.mark.parametrize('stop', [6, 8, 11])
+def test_such_rows_after_a_resume(train, valid, tmp_path, stopped, stop):
+    how = dict(log_every=5, valid_every=8, save_every=3)
+    stopped(stop, lambda: fitted(train, valid, tmp_path / 'b', **how))
+    whole, again = (fitted(train, valid, tmp_path / name, **how) for name in 'ab')
+    assert without_seconds(again.history) == without_seconds(whole.history)
+    tables = [pd.read_csv(tmp_path / name / 'metrics.csv') for name in 'ab']
+    a, b = (table.drop(columns='seconds') for table in tables)
+    assert a.equals(b)
+
+
+def test_the_validation_loss_is_that_of_the_last_step(train, valid):
+    run = fitted(train, valid, learner=small(inner_steps=2), select='last')
+    ep, learner = valid[0:6], run.learner
+    logits = learner.predict(learner.adapt(ep.xs, ep.ys), ep.xq)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ep.yq.flatten())
+    assert run.history[-1]['val_loss'] == pytest.approx(loss.item(), abs=1e-4)
+    assert run.history[0]['val_loss'] is None
+
+
+def test_a_checkpoint_without_validation_losses(train, valid, tmp_path, stopped):
+    "As earlier versions wrote them, with nothing kept of the iterations before the last row."
+    stopped(13, lambda: fitted(train, valid, tmp_path))
+    head, tensors = read_checkpoint(tmp_path)
+    old = [{k: v for k, v in row.items() if k != 'val_loss'} for row in head['history']]
+    head |= dict(history=old, pending=[])
+    save_tensors(tmp_path / 'checkpoint.safetensors', 'run', head, tensors)
+    again = fitted(train, valid, tmp_path)
+    assert same(again.learner, fitted(train, valid).learner)
+    losses = [row['val_loss'] for row in again.history]
+    assert [loss is None for loss in losses] == [True] * 3 + [False, True, False]
+    again.plot()
+
+
+# ---- rows for the user
+def test_each_row_is_handed_on_when_it_is_complete(train, valid, tmp_path):
+    rows = []
+    run = fitted(train, valid, tmp_path, log=rows.append)
+    assert rows == run.history
+    assert rows is not run.history and rows[0] is not run.history[0]
+    fitted(train, valid, tmp_path, log=rows.append)
+    assert len(rows) == 6, 'a finished run has no new row'
+
+
+def test_no_row_is_handed_on_twice(train, valid, tmp_path, stopped):
+    "What strikes at iteration 17 loses the rows since the checkpoint; they are computed again."
+    rows = []
+    for stop in (11, 17):
+        stopped(stop, lambda: fitted(train, valid, tmp_path, save_every=9, log=rows.append))
+    fitted(train, valid, tmp_path, save_every=9, log=rows.append)
+    assert [row['iteration'] for row in rows] == [4, 8, 12, 16, 20, 24]
+    (tmp_path / 'checkpoint.safetensors').unlink()
+    fitted(train, valid, tmp_path, log=rows.append)
+    assert [row['iteration'] for row in rows[6:]] == [4, 8, 12, 16, 20, 24], 'a new run'
+
+
+def test_what_log_raises_comes_after_a_checkpoint(train, valid, tmp_path):
+    rows = []
+
+    def broken(row):
+        rows.append(row['iteration'])
+        if row['iteration'] == 8:
+            raise ConnectionError('no network')
+
+    with pytest.raises(ConnectionError, match='no network'):
+        fitted(train, valid, tmp_path, log=broken)
+    assert read_checkpoint(tmp_path)[0]['iteration'] == 8
+    again = fitted(train, valid, tmp_path, log=broken)
+    assert rows == [4, 8, 12, 16, 20, 24]
+    assert same(again.learner, fitted(train, valid).learner)
+
+
+# ---- what who looks on sees
+class Looking:
+    "A `log` that reads what is noted in the folder."
+
+    def __init__(self, folder):
+        self.folder, self.seen = folder, []
+
+    def __call__(self, row):
+        noted = read_progress(self.folder)
+        self.seen.append((noted['phase'], noted['done'], noted['all'], noted['told']))
+        assert (noted['iteration'], noted['loss']) == (row['iteration'], row['loss'])
+
+
+def test_what_is_noted_while_it_trains(train, valid, tmp_path, monkeypatch):
+    look, phases = Looking(tmp_path), []
+    note = evaluation.note_phase
+
+    def noting(folder, *about):
+        note(folder, *about)
+        phases.append(about[:3])
+        assert read_progress(folder)['iteration'] % 8 == 0
+
+    monkeypatch.setattr(evaluation, 'note_phase', noting)
+    monkeypatch.setattr(evaluation, '_NOTE_EVERY', 0)
+    fitted(train, valid, tmp_path, log=look, plan=plan_for('cpu', 'loop'))
+    assert look.seen == [('training', i, 24, i) for i in (4, 8, 12, 16, 20, 24)]
+    assert len(phases) >= 3
+    assert {(phase, total) for phase, _, total in phases} == {('validating', 6)}
+    assert phases[-1][1] == 6
+
+
+# ---- to more iterations
+KEEPS = dict(schedule=constant, select='top_2', meta_lr=0.02)
+
+
+@pytest.mark.parametrize('first', [10, 12, 16])
+def test_a_finished_run_goes_on_to_more(train, valid, tmp_path, first):
+    "Ended between two rows, at a row, and at a validation: the bytes of a run of 24 at once."
+    fitted(train, valid, tmp_path / 'b', iterations=first, **KEEPS)
+    whole, longer = (fitted(train, valid, tmp_path / name, **KEEPS) for name in 'ab')
+    (ha, a), (hb, b) = (read_checkpoint(tmp_path / name) for name in 'ab')
+    assert ha['config'] == hb['config']
+    assert all(torch.equal(a[k], b[k]) for k in a | b)
+    assert ha['kept'] == hb['kept']
+    assert without_seconds(whole.history) == without_seconds(longer.history)
+    assert longer.learner.members[0].card.iterations == 24
+
+
+def test_the_end_of_the_shorter_run_pushes_no_candidate_out(train, valid, tmp_path):
+    "It was the best when it was the last, and the longer run would not have had it."
+    how = KEEPS | dict(select='best', valid_every=9)
+    fitted(train, valid, tmp_path, iterations=19, **how)
+    longer, whole = fitted(train, valid, tmp_path, **how), fitted(train, valid, **how)
+    assert longer.kept[0][1] == whole.kept[0][1]
+    assert same(longer.learner, whole.learner)
+
+
+def test_twenty_and_forty(train, tmp_path):
+    "Without validation, and with the defaults of how often what happens."
+    for iterations in (20, 40):
+        fit(small(), train, iterations, 2, checkpoint=tmp_path / 'b', progress=False)
+    whole = fit(small(), train, 40, 2, checkpoint=tmp_path / 'a', progress=False)
+    (ha, a), (hb, b) = (read_checkpoint(tmp_path / name) for name in 'ab')
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert without_seconds(ha['history']) == without_seconds(hb['history'])
+    assert [row['iteration'] for row in whole.history] == [40]
+
+
+def test_a_stopped_run_goes_on_to_more(train, valid, tmp_path, stopped):
+    stopped(8, lambda: fitted(train, valid, tmp_path, iterations=12, **KEEPS))
+    longer, whole = fitted(train, valid, tmp_path, **KEEPS), fitted(train, valid, **KEEPS)
+    assert all(same(a, b) for a, b in zip(longer.learner.members, whole.learner.members))
+
+
+def test_a_step_schedule_goes_on_while_its_first_milestone_is_ahead(train, valid, tmp_path):
+    "A fraction of 0.5 is iteration 12 of 24: under 30 iterations, the 13th would have differed."
+    steps = dict(schedule=MultiStep((0.5,)))
+    fitted(train, valid, tmp_path / 'done', **steps)
+    with pytest.raises(BadCheckpoint, match='MultiStep.* the learning rates so far would have'):
+        fitted(train, valid, tmp_path / 'done', iterations=30, **steps)
+
+
+def test_a_step_schedule_of_a_stopped_run(train, valid, tmp_path, stopped):
+    steps = dict(schedule=MultiStep((0.5,)))
+    stopped(8, lambda: fitted(train, valid, tmp_path, **steps))
+    longer = fitted(train, valid, tmp_path, iterations=30, **steps)
+    assert same(longer.learner, fitted(train, valid, iterations=30, **steps).learner)
+
+
+def annealed(**ingredients):
+    "MAML++ with some of its ingredients."
+    return MAMLpp(conv4(size=16, filters=16), 5, inner_steps=2, **ingredients)
+
+
+def hyper(mode):
+    "HyperMAML with some switch."
+    switch = Switch(1, 2, 8, mode)
+    return HyperMAML(conv4(size=16, filters=8), 5, width=8, switch=switch)
+
+
+@pytest.mark.parametrize(
+    'learner,words',
+    [
+        (annealed(msl=MultiStepLoss(0.5)), 'MAMLpp depends on the progress'),
+        (annealed(da=0.5), 'MAMLpp depends on the progress'),
+        (hyper('update_mix'), 'HyperMAML depends on the progress'),
+    ],
+)
+def test_a_learner_that_depends_on_the_progress_goes_on_to_no_more(
+    train, tmp_path, learner, words
+):
+    options = dict(meta_batch=1, checkpoint=tmp_path, progress=False)
+    fit(learner, train, 2, **options)
+    before = (tmp_path / 'checkpoint.safetensors').read_bytes()
+    said = f'iterations: 2 there, 3 here.*{words}.*begin from the trained learner in a new folder'
+    with pytest.raises(BadCheckpoint, match=said):
+        fit(learner, train, 3, **options)
+    assert (tmp_path / 'checkpoint.safetensors').read_bytes() == before
+
+
+def test_who_depends_on_the_progress():
+    net = conv4(size=16, filters=8)
+    fixed = small(), annealed(rates='per_tensor'), hyper('none'), ProtoNet(net), hidra(net, 5)
+    assert not any(learner.depends_on_progress for learner in fixed)
+    assert mamlpp(net, 5).depends_on_progress and hyper('loss_mix').depends_on_progress
+
+
+def test_a_learner_that_does_not_say_counts_as_one_that_depends(train, tmp_path, monkeypatch):
+    monkeypatch.delattr(MAML, 'depends_on_progress')
+    options = dict(meta_batch=1, checkpoint=tmp_path, progress=False)
+    fit(small(), train, 2, **options)
+    with pytest.raises(BadCheckpoint, match='MAML depends on the progress'):
+        fit(small(), train, 3, **options)
+
+
+@pytest.mark.parametrize('iterations', [8, 12])
+def test_fewer_iterations_than_done(train, valid, tmp_path, stopped, iterations):
+    stopped(13, lambda: fitted(train, valid, tmp_path, schedule=constant))
+    said = f'iterations={iterations}, but .* has done 12 of 24: ask for more than that'
+    with pytest.raises(BadCheckpoint, match=said):
+        fitted(train, valid, tmp_path, schedule=constant, iterations=iterations)

@@ -206,6 +206,12 @@ def moment(
     p = self.share(progress)
     return (self.order, phase_of(p)), [p]
 
+
+@patch(as_prop=True)
+def depends_on_progress(self: HyperMAML) -> bool:
+    "Whether there is a switch from the gradient steps to the hypernetwork."
+    return self.switch.mixture is not None
+
 # %% ../../nbs/learners/13_hypermaml.ipynb #67597cb9
 def gradient_steps(learner, theta, own, e, ys, p):
     "Gradient steps alone."

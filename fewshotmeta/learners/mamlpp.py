@@ -131,6 +131,12 @@ def weights(self: MAMLpp, progress: float) -> list[float]:
     "Multi-step weights, or the last step alone."
     return self.msl(progress, self.inner_steps) if self.msl else MAML.weights(self, progress)
 
+
+@patch(as_prop=True)
+def depends_on_progress(self: MAMLpp) -> bool:
+    "Whether the loss or the derivatives are annealed."
+    return self.msl is not None or self.da > 0
+
 # %% ../../nbs/learners/11_mamlpp.ipynb #113ab913
 INGREDIENTS = ('msl', 'da', 'bnrs', 'bnwb', 'lslr')
 

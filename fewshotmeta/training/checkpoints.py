@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT', 'APART', 'Run', 'save_tensors', 'read_tensors', 'save_checkpoint', 'BadCheckpoint', 'read_checkpoint',
-           'under_prefix', 'load_checkpoint', 'note_progress', 'plain_value', 'describe']
+           'under_prefix', 'load_checkpoint', 'note_progress', 'read_progress', 'note_phase', 'plain_value', 'describe']
 
 # %% ../../nbs/training/01_checkpoints.ipynb #6487d505
 import hashlib
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from ..data.files import BadFile, atomic, seal, unseal, write_json
+from ..data.files import BadFile, atomic, read_json, seal, unseal, write_json
 from ..data.banks import as_os_error
 
 # %% ../../nbs/training/01_checkpoints.ipynb #360ae3ca
@@ -31,7 +31,7 @@ class Run:
     iteration: int = 0  # iterations done
     history: list = field(default_factory=list)  # rows of metrics.csv, as dicts
     kept: list = field(default_factory=list)  # best (val accuracy, iteration, theta, buffers)
-    pending: list = field(default_factory=list)  # (loss, accuracy) since the last row
+    pending: list = field(default_factory=list)  # (loss, accuracy) of the last `log_every`
     seconds: float = 0.0  # of training, over all its parts
 
     @property
@@ -50,14 +50,14 @@ def plot(
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.6))
     at = [row['iteration'] for row in self.history]
-    left.plot(at, [row['loss'] for row in self.history])
-    left.set(xlabel='iteration', ylabel='query loss, training')
+    left.plot(at, [row['loss'] for row in self.history], label='training tasks')
     right.plot(at, [row['accuracy'] for row in self.history], label='training tasks')
-    seen = [row for row in self.history if row.get('val_accuracy') is not None]
-    if seen:
-        at = [row['iteration'] for row in seen]
-        accuracy = [row['val_accuracy'] for row in seen]
-        right.plot(at, accuracy, 'o-', ms=3, label='validation tasks')
+    for panel, name in (left, 'val_loss'), (right, 'val_accuracy'):
+        seen = [row for row in self.history if row.get(name) is not None]
+        if seen:
+            at, values = [row['iteration'] for row in seen], [row[name] for row in seen]
+            panel.plot(at, values, 'o-', ms=3, label='validation tasks')
+    left.set(xlabel='iteration', ylabel='query loss')
     right.set(xlabel='iteration', ylabel='accuracy')
     right.legend()
     fig.suptitle(title, fontsize=9)
@@ -223,6 +223,8 @@ def load_checkpoint(
     _restore(run, tensors, device)
     for name in ('iteration', 'history', 'pending', 'seconds'):
         setattr(run, name, head[name])
+    for row in run.history:
+        row.setdefault('val_loss', None)  # earlier versions had no such column
     run.kept = []
     for i, (accuracy, iteration) in enumerate(head['kept']):
         parts = (under_prefix(tensors, f'kept{i}/{part}/', device) for part in ('theta', 'buffers'))
@@ -233,8 +235,9 @@ def note_progress(
     folder,  # of the checkpoint; none: nothing is left
     run: Run,  # with at least one row of metrics
     total: int,  # iterations in all
+    told: int = 0,  # iteration of the last row that the user's `log` got
 ) -> None:
-    "Leave a line for whoever looks on, `.progress.json`. A full disk does not stop the training."
+    "Leave a line on the training for whoever looks on, `.progress.json`."
     if not folder:
         return
     last = run.history[-1]
@@ -245,9 +248,39 @@ def note_progress(
         best=run.best,
         loss=last['loss'],
         accuracy=last['accuracy'],
+        phase='training',
+        done=run.iteration,
+        all=total,
+        spent=run.seconds,
+        told=told,
     )
     with suppress(OSError):
         write_json(Path(folder) / '.progress.json', line)
+
+# %% ../../nbs/training/01_checkpoints.ipynb #84e5c1d9
+def read_progress(
+    folder,  # of the checkpoint
+) -> dict:
+    "Return what was noted for whoever looks on; empty if there is nothing, or half of it."
+    try:
+        return read_json(Path(folder) / '.progress.json')
+    except (BadFile, OSError):
+        return {}
+
+
+def note_phase(
+    folder,  # of the checkpoint; none: nothing is left
+    phase: str,  # 'validating', 'testing'
+    done: int,  # tasks
+    total: int,  # tasks in all
+    spent: float,  # seconds since the phase began
+) -> None:
+    "Note how far another phase than the training is; what was noted of the training stays."
+    if not folder:
+        return
+    now = dict(phase=phase, done=done, all=total, spent=spent)
+    with suppress(OSError):
+        write_json(Path(folder) / '.progress.json', read_progress(folder) | now)
 
 # %% ../../nbs/training/01_checkpoints.ipynb #f75fbe80
 def plain_value(value):

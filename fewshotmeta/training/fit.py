@@ -24,9 +24,11 @@ from ..engine.capture import CannotRecord, Recorder
 from ..engine.ranks import Ranks
 from ..learners.cards import Card, training_facts
 from .gradient import meta_gradient, replayed_gradient
-from .checkpoints import Run, load_checkpoint, note_progress, save_checkpoint
-from .evaluation import Ensemble, accuracies, check_one_number_of_ways
-from .evaluation import check_trainable_ways, check_ways, with_theta
+from .checkpoints import BadCheckpoint, Run, load_checkpoint, note_progress
+from .checkpoints import plain_value, read_checkpoint, read_progress
+from .checkpoints import save_checkpoint
+from .evaluation import Ensemble, TaskProgress, check_one_number_of_ways
+from .evaluation import check_trainable_ways, check_ways, measure, with_theta
 from .schedules import OPTIMIZERS, TrainingSettings, as_clip, as_schedule
 from .schedules import constant
 
@@ -34,7 +36,7 @@ from .schedules import constant
 class _Loop:
     "One meta-iteration after another."
 
-    def __init__(self, run, train, valid, settings, bar, folder, config):
+    def __init__(self, run, train, valid, settings, bar, folder, config, hook=None):
         self.run = run
         self.train = train
         self.valid = valid
@@ -42,6 +44,9 @@ class _Loop:
         self.bar = bar
         self.folder = folder  # of the checkpoint; none: nothing is written
         self.config = config
+        self.hook = hook  # the user's `log`; none: rows are handed to nobody
+        self.told = read_progress(folder).get('told', 0) if folder else 0  # last row it got
+        self.news = None  # a row that it shall get
         self.ranks = Ranks()
         self.params = list(run.learner.theta.values())
         self.device = self.params[0].device
@@ -72,6 +77,7 @@ def step(self: _Loop):
     self.move(found, progress, n_way)
     self.run.iteration += 1
     self.run.pending.append((found.loss, found.accuracy))
+    del self.run.pending[: -self.settings.log_every]
 
 # %% ../../nbs/training/04_fit.ipynb #91c131bf
 @patch
@@ -149,12 +155,12 @@ def clock(self: _Loop):
 
 @patch
 def log(self: _Loop):
-    "Add a row to the metrics: means since the last one."
+    "Add a row to the metrics: means over the last `log_every` iterations."
     self.clock()
     self.check()
     run = self.run
-    loss, accuracy = (sum(map(float, c)) / len(c) for c in zip(*run.pending))
-    run.pending = []
+    run.pending = [tuple(map(float, one)) for one in run.pending]
+    loss, accuracy = (sum(c) / len(c) for c in zip(*run.pending))
     run.history.append(
         dict(
             iteration=run.iteration,
@@ -163,6 +169,7 @@ def log(self: _Loop):
             lr=run.opt.param_groups[0]['lr'],
             seconds=round(run.seconds, 2),
             val_accuracy=None,
+            val_loss=None,
         )
     )
 
@@ -180,15 +187,19 @@ def validate(self: _Loop):
     candidate = run.learner.candidate(run.iteration / settings.iterations)
     if candidate is None:
         return
-    by_step = accuracies(candidate, self.valid, settings.valid_tasks, plan=self.plan)
-    value = by_step[:, -1].mean().item()
-    run.history[-1]['val_accuracy'] = value
+    show = not self.bar.disable and sys.stderr.isatty()
+    with TaskProgress('validating', settings.valid_tasks, show, self.folder) as count:
+        tasks = settings.valid_tasks
+        found = measure(candidate, self.valid, tasks, plan=self.plan, count=count)
+    value = found.accuracies[:, -1].mean().item()
+    run.history[-1] |= dict(val_accuracy=value, val_loss=found.losses.mean().item())
     if not settings.keep:
         return
     theta = {k: v.detach().clone() for k, v in run.learner.theta.items()}
     buffers = {k: v.detach().clone() for k, v in run.learner.buffers.items()}
     kept = [*run.kept, (value, run.iteration, theta, buffers)]
-    run.kept = sorted(kept, key=_best_first)[: settings.keep]
+    most = settings.keep + (run.iteration % settings.valid_every != 0)
+    run.kept = sorted(kept, key=_best_first)[:most]
 
 # %% ../../nbs/training/04_fit.ipynb #0eddf0db
 @patch
@@ -208,19 +219,41 @@ def due(self: _Loop, every):
 
 
 @patch
+def note(self: _Loop):
+    "Leave a line for whoever looks on."
+    note_progress(self.folder, self.run, self.settings.iterations, self.told)
+
+
+@patch
 def report(self: _Loop):
     "After an iteration: the bar, a row of the metrics, a validation, each when it is due."
     settings = self.settings
     self.bar.update()
-    row = self.due(settings.log_every)
     validation = self.valid is not None and self.due(settings.valid_every)
-    if row or validation:
-        self.log()
-        note_progress(self.folder, self.run, settings.iterations)
+    if not (validation or self.due(settings.log_every)):
+        return
+    self.log()
+    self.note()
     if validation:
         self.validate()
-    if row:
-        self.show()
+        self.note()
+    self.show()
+    self.news = self.run.history[-1]
+
+# %% ../../nbs/training/04_fit.ipynb #f05a8c24
+@patch
+def tell(self: _Loop):
+    "Hand a new row to the user's `log`, once."
+    row, self.news = self.news, None
+    if row is None or self.hook is None or row['iteration'] <= self.told:
+        return
+    self.told = row['iteration']
+    self.note()
+    try:
+        self.hook(dict(row))
+    except Exception:
+        self.save()
+        raise
 
 # %% ../../nbs/training/04_fit.ipynb #4dc2d30c
 class _Interrupts:
@@ -266,21 +299,68 @@ def to_the_end(self: _Loop):
                 self.whole = True
                 if self.due(settings.save_every):
                     self.save()
+                self.tell()
     except KeyboardInterrupt:
         self.clock()
         if self.whole:
             self.save()
         raise
 
+# %% ../../nbs/training/04_fit.ipynb #d4e8f016
+def _continue(run, folder, settings, config):
+    "Take over a checkpoint, perhaps of a run of another length. Raises `BadCheckpoint`."
+    head, _ = read_checkpoint(folder)
+    there = head['config']
+    if there | dict(iterations=settings.iterations) == config:
+        _check_length(run.learner, settings, folder, there['iterations'], head['iteration'])
+        config = there
+    load_checkpoint(run, folder, config)
+    if run.iteration == there['iterations'] < settings.iterations:
+        _reopen(run, settings, bool(config['valid']))
+
+
+def _check_length(learner, settings, folder, before, done):
+    "Refuse another length under which the iterations that are done would have been others."
+    now, schedule = settings.iterations, settings.schedule
+    if now == before:
+        return
+    if now <= done:
+        way = 'ask for more than that, or choose another folder'
+        raise BadCheckpoint(f'iterations={now}, but {folder} has done {done} of {before}: {way}')
+    if any(schedule(i / before) != schedule(i / now) for i in range(done)):
+        why = f'with schedule={plain_value(schedule)} the learning rates so far would have differed'
+    elif done and getattr(learner, 'depends_on_progress', True):
+        why = f'{type(learner).__name__} depends on the progress, which would have differed so far'
+    else:
+        return
+    raise BadCheckpoint(
+        f'{folder} holds the checkpoint of another run (iterations: {before} there, {now} here), '
+        f'which cannot go on to another number: {why}. Keep iterations={before}, choose another '
+        'folder to start anew, or begin from the trained learner in a new folder'
+    )
+
+# %% ../../nbs/training/04_fit.ipynb #2b7f60d9
+def _reopen(run, settings, validates):
+    "Take back what was done only because the run ended: its last validation, its last row."
+    done = run.iteration
+    if validates and done % settings.valid_every == 0:
+        return
+    run.kept = [one for one in run.kept if one[1] != done]
+    if done % settings.log_every:
+        run.history.pop()
+    else:
+        run.history[-1] |= dict(val_accuracy=None, val_loss=None)
+
 # %% ../../nbs/training/04_fit.ipynb #6ac32584
-def _begin(run, folder, config, ranks):
+def _begin(run, folder, settings, config, ranks):
     "Take over what a folder's checkpoint holds, or write the first one."
     if not folder:
         return
     if ranks.any((Path(folder) / 'checkpoint.safetensors').exists()):
-        load_checkpoint(run, folder, config)
+        _continue(run, folder, settings, config)
     elif ranks.first:
         save_checkpoint(run, folder, config)
+        (Path(folder) / '.progress.json').unlink(missing_ok=True)  # of a run that was deleted
 
 
 def _selected(run, keep):
@@ -288,7 +368,8 @@ def _selected(run, keep):
     if not run.kept:
         return run
     if keep > 1:
-        run.learner = Ensemble([with_theta(run.learner, t, b) for *_, t, b in run.kept])
+        best = run.kept[:keep]
+        run.learner = Ensemble([with_theta(run.learner, t, b) for *_, t, b in best])
         return run
     *_, theta, buffers = run.kept[0]
     with torch.no_grad():
@@ -333,6 +414,7 @@ def fit(
     optimizer: str = 'adam',  # of the outer loop, a name in `OPTIMIZERS`
     task_loss: str = 'mean',  # over the tasks of a meta-batch: 'mean', 'sum' (before clipping)
     progress: bool = True,  # show a progress bar
+    log=None,  # is called with each new row of the metrics, a dict; none: nothing is
 ) -> Run:  # with the selected learner, the history, the checkpointed state
     "Meta-train a learner. Raises `ValueError`, `BadCheckpoint`, `FloatingPointError`."
     settings = TrainingSettings(
@@ -351,10 +433,10 @@ def fit(
         optimizer=optimizer,
         task_loss=task_loss,
     )
-    return _fitted(learner, train, valid, settings, checkpoint, progress)
+    return _fitted(learner, train, valid, settings, checkpoint, progress, log)
 
 # %% ../../nbs/training/04_fit.ipynb #84fb643b
-def _fitted(learner, train, valid, settings, checkpoint, progress):
+def _fitted(learner, train, valid, settings, checkpoint, progress, log):
     "Train by checked settings, from where the checkpoint is, and select."
     check_ways(learner, train)
     check_trainable_ways(learner, train)
@@ -366,12 +448,12 @@ def _fitted(learner, train, valid, settings, checkpoint, progress):
     config = settings.config(learner, train, valid)
     ranks = Ranks()
     ranks.check_device(params[0].device)
-    _begin(run, checkpoint, config, ranks)
+    _begin(run, checkpoint, settings, config, ranks)
     known = dict(iterations=settings.iterations, meta_batch=settings.meta_batch)
     card = getattr(learner, 'card', Card())
     learner.card = replace(card, **training_facts(train), **known)
-    folder = checkpoint if ranks.first else None
+    folder, hook = (checkpoint, log) if ranks.first else (None, None)
     with _bar(run.iteration, settings.iterations, progress and ranks.first) as bar:
-        _Loop(run, train, valid, settings, bar, folder, config).to_the_end()
+        _Loop(run, train, valid, settings, bar, folder, config, hook).to_the_end()
     ranks.wait()  # the last checkpoint is there for every rank
     return _selected(run, settings.keep)
