@@ -282,6 +282,12 @@ def moment(
     weights = self.weights(progress)
     return (self.order_at(progress), tuple(w != 0 for w in weights)), weights
 
+
+@patch(as_prop=True)
+def depends_on_progress(self: MAML) -> bool:
+    "Whether an iteration would be another one in a longer training: `fit` asks before it goes on."
+    return False
+
 # %% ../../nbs/learners/10_maml.ipynb #d2612509
 @patch
 def meta_loss(
