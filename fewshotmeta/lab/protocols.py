@@ -64,6 +64,8 @@ def split_bank(
     part: str,  # one of `PARTS`
     protocol: str = 'antoniou2018',  # one of `SETTINGS`
     device: str = 'cpu',  # where its images lie
+    size: int = 0,  # height and width of images of your own, pixels; 0: the loader's
+    channels: int = 0,  # 1 grey, 3 RGB, of images of your own; 0: the loader's
 ) -> ImageBank | None:  # none: the data set has no validation classes
     "Load the classes of one part. Raises `ValueError` where there are no training or test classes."
     pick('protocol', protocol, SETTINGS)
@@ -80,9 +82,21 @@ def split_bank(
         raise ValueError(
             f'{data} has no {part} classes under protocol={protocol!r}: choose another {other}'
         )
+    _check_free(data, size=size, channels=channels)
     options = dict(omniglot=fixed.omniglot, emnist=fixed.emnist).get(data, {})
+    options = options | {k: v for k, v in dict(size=size, channels=channels).items() if v}
     bank = load_data(data, split, **options)
     return bank if device == 'cpu' else bank.to(device)
+
+# %% ../../nbs/lab/16_protocols.ipynb #84ce0f3b
+def _check_free(data, **pixels):
+    "Refuse another size or number of channels for images that the papers fix."
+    for name, value in pixels.items():
+        if value and DATASETS.notes.get(data, {}).get('fixed'):
+            raise ValueError(
+                f'{name}={value}, but the papers fix how the images of {data} are read: leave '
+                f'{name}=0, which is for glyphs and for images of your own'
+            )
 
 # %% ../../nbs/lab/16_protocols.ipynb #93a13043
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -108,6 +122,8 @@ def samplers(
     seed: int = 0,  # of the training tasks
     augment: bool = False,  # random crop, colour jitter and flip of the training images
     device: str = 'cpu',  # where the images lie
+    size: int = 0,  # height and width of images of your own, pixels; 0: the loader's
+    channels: int = 0,  # 1 grey, 3 RGB, of images of your own; 0: the loader's
 ) -> Tasks:
     "Make the samplers of an experiment. Raises `ValueError`, `BadData` as the data sets do."
     if len(train_ways) not in (0, 2):
@@ -115,10 +131,9 @@ def samplers(
             f'train_ways={list(train_ways)}: '
             'the fewest and the most classes of a training task, say [2, 10]'
         )
-    bank, *others = (
-        split_bank(data if part == 'train' else test_data or data, part, protocol, device)
-        for part in PARTS
-    )
+    sources = data, test_data or data, test_data or data
+    asked = protocol, device, size, channels
+    bank, *others = (split_bank(name, part, *asked) for name, part in zip(sources, PARTS))
     colour = bank.images.shape[1] == 3
     looks = IMAGENET if colour and SETTINGS[protocol].standardise else {}
     augmented = dict(augment=CloserLook()) if augment else {}
