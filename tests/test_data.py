@@ -154,6 +154,21 @@ def test_image_folder_of_a_stranger(own_folder, own_cache):
     assert bank.images.shape[1:] == (3, 24, 24)
 
 
+def test_images_of_any_size_come_as_they_are(tmp_path, own_cache):
+    "As CIFAR's: 32×32, which nothing needs to enlarge; each size has a bank of its own."
+    write_images(tmp_path / 'own' / 'train' / 'cats', mode='RGB', size=(32, 32))
+    files = sorted((tmp_path / 'own' / 'train' / 'cats').iterdir())
+    own = load_data(str(tmp_path / 'own'), 'train', size=32)
+    assert np.array_equal(own.images[0].permute(1, 2, 0), np.asarray(Image.open(files[0])))
+    grey = load_data(str(tmp_path / 'own'), 'train', size=32, channels=1)
+    assert grey.images.shape == (len(files), 1, 32, 32)
+    asked = load_data(str(tmp_path / 'own'), 'train', size=0, channels=0)
+    assert asked.images.shape[1:] == (3, 84, 84)  # as if nothing was said
+    assert len(list(own_cache.rglob('*.safetensors'))) == 3
+    again = load_data(str(tmp_path / 'own'), 'train', size=32)
+    assert again.digest == own.digest
+
+
 def test_a_broken_file_of_a_folder_is_named(own_folder, own_cache):
     image_folder(own_folder, size=24)
     (own_folder / 'dogs' / '9.jpg').write_bytes(b'\xff\xd8broken')
@@ -342,6 +357,8 @@ BAD_CALLS = [
     (cub, dict(split='train'), "split='train'.*'base'"),
     (glyphs, dict(split='x'), "split='x'"),
     (load_data, dict(name='svhn', split='train'), "data='svhn'"),
+    (load_data, dict(name='cub', split='base', channels=1), "channels=1: the loader of 'cub'"),
+    (load_data, dict(name='glyphs', split='test', size=-1), 'size=-1: expected a whole number'),
     (glyphs, dict(size=2), 'size=2: expected a whole number of at least 8'),
     (omniglot, dict(size=-4), 'size=-4'),
     (omniglot, dict(channels=2), 'channels=2: 1 .grey. or 3'),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import ROOT
 from fewshotmeta.all import *
+from PIL import Image
 
 SIZES = dict(filters=4, n_max=3, inner_steps=2)
 
@@ -54,6 +55,47 @@ def test_test_tasks_are_the_same_whoever_asks(tasks):
     assert others[1].train.way_range == (2, 6)
     names = [set(s.bank.classes) for s in (tasks.train, tasks.valid, tasks.test)]
     assert not names[0] & names[1] and not names[0] & names[2] and not names[1] & names[2]
+
+
+@pytest.fixture
+def own_images(tmp_path, own_cache):
+    "A folder of small coloured images in three parts."
+    gen = torch.Generator().manual_seed(0)
+    for part in PARTS:
+        for c in range(3):
+            folder = tmp_path / 'own' / part / f'{part}{c}'
+            folder.mkdir(parents=True)
+            for i in range(3):
+                pixels = torch.randint(0, 256, (32, 32, 3), generator=gen, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / f'{i}.png')
+    return str(tmp_path / 'own')
+
+
+def test_images_of_your_own_have_the_size_that_you_say(own_images):
+    sizes = dict(n_way=3, n_query=1, test_query=2)
+    for size, channels in ((32, 3), (16, 1)):
+        t = samplers(own_images, size=size, channels=channels, **sizes)
+        for s in t:
+            assert s.bank.images.shape[1:] == (channels, size, size)
+            assert bool(s.mean) == (channels == 3)  # ImageNet's, of coloured images
+        learner = make_learner('maml', t.train, filters=4)
+        assert learner.backbone.size == size
+        assert learner.backbone.channels == channels
+        assert 0 <= evaluate(learner, t.test, 2).mean <= 1
+    small = samplers(own_images, size=12, **sizes).train
+    with pytest.raises(ValueError, match='size=12: four halvings need images of at least 16'):
+        make_learner('maml', small)
+    with pytest.raises(ValueError, match='size=7: expected a whole number of at least 8'):
+        samplers(own_images, size=7, **sizes)
+    assert split_bank('glyphs', 'test', size=16, channels=3).images.shape[1:] == (3, 16, 16)
+
+
+@pytest.mark.parametrize('data', ['omniglot', 'emnist', 'mini_imagenet', 'cub'])
+def test_what_the_papers_fix_stays_so(data):
+    for name, value in dict(size=32, channels=3).items():
+        words = f'{name}={value}, but the papers fix how the images of {data} are read'
+        with pytest.raises(ValueError, match=words):
+            split_bank(data, 'test', **{name: value})
 
 
 @pytest.mark.parametrize('protocol', SETTINGS)

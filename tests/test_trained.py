@@ -1,9 +1,11 @@
 """Trained learners in experiments: kept by their run, measured by others, begun from."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from cells import execute
 from conftest import ROOT
 from fewshotmeta.all import *
@@ -49,28 +51,29 @@ def test_one_training_serves_every_experiment(trained, tmp_path):
         ('test', dict(test_steps=2, norm='per_step'), 'per_step'),
         ('test', dict(n_way=7), 'n_way=7 for a learner of n_way=5'),
         ('test', dict(part='novel'), "part='novel': choose one of 'train', 'val', 'test'"),
-        ('test', dict(protocol='hypermaml2022', data='emnist'), 'but the learner was trained on'),
         ('neurons', dict(n_way=7), 'n_way=7 for a learner of n_way=5'),
     ],
 )
 def test_what_does_not_fit_the_learner_is_refused(trained, tmp_path, notebook, given, words):
-    if given.get('data') == 'emnist':
-        given = dict(protocol='hypermaml2022', data=three_channels(tmp_path))
     learner = str(trained[0] / 'learner.safetensors')
     with pytest.raises(AssertionError, match=words):
         execute(EXPERIMENTS / f'{notebook}.ipynb', tmp_path / 'x' / 'y', learner=learner, **given)
 
 
-def three_channels(folder):
-    "A folder of small colour photographs with a part for tests."
-    from PIL import Image
-
+def test_photographs_are_prepared_as_its_training_images_were(trained, tmp_path):
+    "Colour, 20×20, for a learner of 28×28 in grey; what cannot be prepared so is refused."
     for i in range(5):
-        place = folder / 'photos' / 'test' / f'class{i}'
+        place = tmp_path / 'photos' / 'test' / f'class{i}'
         place.mkdir(parents=True)
         for j in range(16):
             Image.new('RGB', (20, 20), (10 * i, 10 * j, 0)).save(place / f'{j}.png')
-    return str(folder / 'photos')
+    learner = load_learner(trained[0] / 'learner.safetensors')
+    tasks = tasks_for(learner, str(tmp_path / 'photos'))
+    assert tasks.bank.images.shape == (80, 1, 28, 28)
+    assert 0 <= evaluate(learner, tasks, 2).mean <= 1
+    learner.card = replace(learner.card, images=replace(learner.card.images, channels=3))
+    with pytest.raises(ValueError, match='images of 1×28×28 .* but the learner was trained on 3×28'):
+        tasks_for(learner, 'glyphs')
 
 
 def test_a_training_begins_from_a_learner(trained, tmp_path):

@@ -8,6 +8,7 @@ __all__ = ['WHERE', 'HOW_TO_GET', 'ROTATED', 'EMNIST_CLASSES', 'FOUND', 'omniglo
 
 # %% ../../nbs/data/05_datasets.ipynb #2f67c143
 import csv
+import inspect
 import os
 import struct
 import warnings
@@ -103,7 +104,7 @@ def _omniglot_folders(base):
     return dict(sorted(folders.items()))
 
 # %% ../../nbs/data/05_datasets.ipynb #68f4265c
-@DATASETS.register('omniglot')
+@DATASETS.register('omniglot', fixed=True)
 def omniglot(
     split: str = 'train',  # a split of the protocol
     protocol: str = 'antoniou2018',  # or finn2017, drumond2020, closerlook, lake2015
@@ -197,7 +198,7 @@ def _build_emnist(root, size, resize, margin, invert):
     return ImageBank(torch.from_numpy(x)[:, None], start, count, EMNIST_CLASSES, **facts)
 
 # %% ../../nbs/data/05_datasets.ipynb #c0000e1d
-@DATASETS.register('emnist', parts=(None, 'val', 'test'))
+@DATASETS.register('emnist', parts=(None, 'val', 'test'), fixed=True)
 def emnist(
     split: str = 'test',  # 'val' even classes, 'test' odd classes
     size: int = 28,  # height and width, pixels
@@ -327,10 +328,14 @@ def _has_cub(root):
 def load_data(
     name: str,  # a key of `DATASETS`, or a folder with a folder for each split
     split: str,  # of that data set
-    **options,  # the loader's arguments
+    size: int = 0,  # height and width, pixels; 0: the loader's own
+    channels: int = 0,  # 1 grey, 3 RGB; 0: the loader's own
+    **options,  # the loader's other arguments
 ) -> ImageBank:
-    "Load a bank by the name of its data set."
+    "Load a bank by the name of its data set. Raises `DataMissing`, `BadImage`, `ValueError`."
+    options |= {k: v for k, v in dict(size=size, channels=channels).items() if v}
     if name in DATASETS:
+        _check_options(name, options)
         return DATASETS[name](split, **options)
     if os.sep in name or Path(name).is_dir():
         return image_folder(Path(name) / split, **options)
@@ -338,6 +343,17 @@ def load_data(
     raise ValueError(
         f'data={name!r}: choose one of {known}, or give a folder with a folder for each split'
     )
+
+# %% ../../nbs/data/05_datasets.ipynb #e1b84d27
+def _check_options(name, options):
+    "Refuse what the loader of a data set does not take."
+    takes = inspect.signature(DATASETS[name]).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        return
+    for option, value in options.items():
+        if option not in takes:
+            known = ', '.join(takes)
+            raise ValueError(f'{option}={value!r}: the loader of {name!r} takes {known} alone')
 
 # %% ../../nbs/data/05_datasets.ipynb #545ba1d5
 FOUND = dict(

@@ -11,14 +11,15 @@ from dataclasses import replace
 
 import torch
 
-from ..data.banks import ImageBank
+from ..data.banks import DATASETS, ImageBank
 from ..data.episodes import EpisodeSampler, WaysSampler
 from ..learners.maml import LEARNERS
 from ..training.schedules import as_schedule
 from ..training.saving import load_learner, save_learner
 from .provenance import provenance
 from .execution import run_folder
-from .protocols import make_learner, named_values, split_bank
+from .protocols import looks_of, make_learner, named_values
+from .protocols import split_bank
 
 # %% ../../nbs/lab/18_trained.ipynb #87bf1af7
 def keep_learner(
@@ -80,7 +81,7 @@ def check_test_ways(
 
 # %% ../../nbs/lab/18_trained.ipynb #a4af0223
 def tasks_for(
-    learner,  # with a card that says how its training images were prepared
+    learner,  # with a card that says how its training images were prepared; none: as the protocol
     data: str,  # a data set's name, or a folder with train, val and test in it
     part: str = 'test',  # whose classes: train, val or test
     n_way: int = 5,  # classes of a task
@@ -90,20 +91,29 @@ def tasks_for(
     device: str = 'cpu',  # where the images lie
 ) -> EpisodeSampler:
     "Make tasks of any data for a trained learner. Raises `ValueError`, `BadData` as the data do."
-    like = learner.card.images
-    if like is None:
+    like = learner and learner.card.images
+    if learner and like is None:
         raise ValueError('this learner does not say how its images were prepared: train it by fit')
-    protocol = protocol or learner.card.protocol or 'antoniou2018'
-    bank = split_bank(data, part, protocol, device)
+    protocol = protocol or (learner and learner.card.protocol) or 'antoniou2018'
+    bank = split_bank(data, part, protocol, device, **_pixels(like, data))
     if bank is None:
         raise ValueError(f'{data} has no {part} classes under protocol={protocol!r}: part=test')
+    looks = dict(mean=like.mean, std=like.std) if like else looks_of(bank, protocol)
     channels, size = bank.images.shape[1:3]
-    if (channels, size) != (like.channels, like.size):
+    if like and (channels, size) != (like.channels, like.size):
         raise ValueError(
             f'data={data!r}: images of {channels}×{size}×{size} under protocol={protocol!r}, but '
             f'the learner was trained on {like}: choose other data or another protocol'
         )
-    return EpisodeSampler(bank, n_way, k_shot, n_query, mean=like.mean, std=like.std)
+    return EpisodeSampler(bank, n_way, k_shot, n_query, **looks)
+
+
+def _pixels(like, data):
+    "Size and channels to ask of data for, where the papers do not fix them."
+    if not like or DATASETS.notes.get(data, {}).get('fixed'):
+        return {}
+    own = {} if data in DATASETS else dict(channels=like.channels)
+    return dict(size=like.size) | own
 
 # %% ../../nbs/lab/18_trained.ipynb #2b8e4cc9
 def check_combination(
