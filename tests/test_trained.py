@@ -72,7 +72,8 @@ def test_photographs_are_prepared_as_its_training_images_were(trained, tmp_path)
     assert tasks.bank.images.shape == (80, 1, 28, 28)
     assert 0 <= evaluate(learner, tasks, 2).mean <= 1
     learner.card = replace(learner.card, images=replace(learner.card.images, channels=3))
-    with pytest.raises(ValueError, match='images of 1×28×28 .* but the learner was trained on 3×28'):
+    words = 'images of 1×28×28 .* but the learner was trained on 3×28'
+    with pytest.raises(ValueError, match=words):
         tasks_for(learner, 'glyphs')
 
 
