@@ -1,13 +1,17 @@
 """Batches: real papermill, real kernels, real workers; whatever dies, every run is made once."""
 
 import contextlib
+import fcntl
 import io
 import os
+import pty
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -17,11 +21,12 @@ import pytest
 import yaml
 from conftest import ROOT, full
 from fewshotmeta.data.files import locked, read_json, write_json
-from fewshotmeta.lab.batches import BadBatch, read_batch
+from fewshotmeta.lab.batches import BadBatch, Planned, read_batch
+from fewshotmeta.lab.command import main
 from fewshotmeta.lab.results import all_results, table_of, write_table
 from fewshotmeta.lab.locks import RunBusy, marker, read_marker
 from fewshotmeta.lab.runs import run_notebook
-from fewshotmeta.lab.states import View, state_of
+from fewshotmeta.lab.states import State, View, describe_state, state_of
 from fewshotmeta.lab.work import planned_of, record_failure, row_of
 from fewshotmeta.lab.workers import Options, run_batch, todo
 from fewshotmeta.training.checkpoints import read_checkpoint
@@ -817,6 +822,138 @@ def test_the_view(finished, batch, tmp_path):
         view({p: state_of(p) for p in (a, c)})
     assert out.getvalue().count('\x1b[3A') == 1
     assert out.getvalue().endswith('\x1b[J')
+
+
+def running(name, **progress):
+    "A run that another process executes, and how it stands."
+    experiment, slug = name.split('/')
+    p = Planned(experiment, slug, Path(), {}, {}, Path('runs'))
+    return {p: State('running', '', {}, progress, dict(pid=12345, host='node1'))}
+
+
+def drawn(monkeypatch, columns, states):
+    "The rows of the view on a terminal of so many columns."
+    monkeypatch.setenv('COLUMNS', str(columns))
+    monkeypatch.setenv('LINES', '24')
+    out = Terminal()
+    View(out)(states)
+    return out.getvalue().replace('\x1b[2K', '').removesuffix('\x1b[J').splitlines()
+
+
+LONG = PROGRESS | dict(iteration=12_345, iterations=75_000, seconds=1234.5)
+HYPER = 'hypermaml_t1/hypermaml_5way_1shot_long_seed0'
+
+
+def test_a_narrow_terminal_drops_what_is_least_needed(monkeypatch):
+    "Host and process, then accuracies, then the word; at last the name is shortened."
+    parts = ['node1, process 12345', 'accuracy 0.500, best val 0.4567', ' running']
+    kept = '▸', '10.00 it/s', 'loss 1.250', '12,345/75,000', '1.7 h left'
+    states = running(HYPER, **LONG)
+    for width, lost in (220, 0), (150, 1), (115, 2), (105, 3):
+        row, total = drawn(monkeypatch, width, states)
+        assert len(row) < width
+        assert [part in row for part in parts] == [False] * lost + [True] * (3 - lost), row
+        assert all(part in row for part in (*kept, HYPER))
+    row, total = drawn(monkeypatch, 80, states)
+    assert len(row) < 80
+    assert all(part in row for part in kept)
+    name = row.split()[1]
+    start, end = name.split('…')
+    assert HYPER.startswith(start) and HYPER.endswith(end) and len(row) == 79
+    assert total == '1 runs: 1 running'
+
+
+def test_every_row_of_a_narrow_terminal(monkeypatch):
+    failure = State('failed', 'raised: ' + 'ValueError ' * 20)
+    states = running(HYPER, **LONG) | running('a/short', **PROGRESS)
+    states |= {next(iter(running('b/failed'))): failure}
+    for width in (60, 80, 100, 200):
+        rows = drawn(monkeypatch, width, states)
+        assert max(map(len, rows)) < width
+        starts = {row.find('12,345/75,000') for row in rows} | {row.find('50/200') for row in rows}
+        assert width < 80 or len(starts - {-1}) == 1, 'columns stand under each other'
+    assert rows[2].startswith('✗ b/failed') and rows[2].endswith('…')
+
+
+def test_what_is_said_of_each_phase():
+    said = {}
+    for phase, done, total in ('training', 50, 200), ('validating', 40, 100), ('testing', 120, 600):
+        progress = PROGRESS | dict(phase=phase, done=done, all=total, spent=10.0)
+        ((p, state),) = running('a/b', **progress).items()
+        said[phase] = describe_state(p, state).partition('12345   ')[2]
+    well = 'loss 1.250, accuracy 0.500, best val 0.4567'
+    assert said['training'] == f'50/200   2.00 it/s   {well}   75 s left'
+    assert said['validating'] == f'50/200, validating 40/100   2.00 it/s   {well}   75 s left'
+    assert said['testing'] == 'testing 120/600   12.00 tasks/s   40 s left'
+    ((p, state),) = running('a/b', phase='testing', done=1, all=2, spent=3.0).items()
+    assert describe_state(p, state).endswith('testing 1/2   0.33 tasks/s   3 s left')
+
+
+def watching(master, slave, *args):
+    "`fewshotmeta status … --watch` on a terminal of 80 columns."
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('4H', 24, 80, 0, 0))
+    env = {k: v for k, v in os.environ.items() if k not in ('COLUMNS', 'LINES')}
+    p = subprocess.Popen(command('status', *args), stdout=slave, env=env)
+    os.close(slave)
+    return p
+
+
+def read_until(master, words, text=''):
+    "What a terminal shows up to some words; all of it if the process ends before."
+    while words not in text:
+        try:
+            text += os.read(master, 10_000).decode()
+        except OSError:
+            break
+    return text
+
+
+@pytest.mark.parametrize('ends', ['with the run', 'by Ctrl-C'])
+def test_watching_a_batch(batch, tmp_path, ends):
+    (p,) = planned(path := batch(dict(c=dict(x=3))))
+    write_json(p.folder / '.progress.json', LONG | dict(phase='testing', done=1, all=9, spent=2.0))
+    (p.folder / 'checkpoint.safetensors').touch()
+    master, slave = pty.openpty()
+    with locked(marker(p.runs, 'table', 'c_smoke', 'lock')):
+        looking = watching(master, slave, path, '--runs', tmp_path / 'runs', '--watch', '0.05')
+        shown = read_until(master, '\x1b[2A')  # drawn over itself
+        if ends == 'by Ctrl-C':
+            looking.send_signal(signal.SIGINT)
+            assert looking.wait(60) == 0
+    shown = read_until(master, 'never', shown)
+    assert looking.wait(60) == 0
+    assert '▸ table/c_smoke' in shown and 'testing 1/9   0.50 tasks/s   16 s left' in shown
+    assert ('1 runs: 1 stopped' in shown) == (ends == 'with the run')
+    os.close(master)
+
+
+def test_watching_a_folder(finished, tmp_path):
+    "What is finished at the first look is not shown; without a terminal, changes are lines."
+    runs = tmp_path / 'runs'
+    (runs / 'table' / 'a_smoke' / 'result.json').rename(tmp_path / 'kept.json')
+    write_json(runs / 'table' / 'a_smoke' / '.progress.json', PROGRESS)
+    (runs / 'table' / 'a_smoke' / 'checkpoint.safetensors').touch()
+    args = command('status', '--runs', runs, '--watch', '0.05')
+    with locked(marker(runs, 'table', 'a_smoke', 'lock')):
+        looking = subprocess.Popen(args, stdout=subprocess.PIPE, text=True, env=UNBUFFERED)
+        first = looking.stdout.readline()
+        (tmp_path / 'kept.json').rename(runs / 'table' / 'a_smoke' / 'result.json')
+    rest, _ = looking.communicate(timeout=60)
+    assert first.startswith('▸ table/a_smoke') and '75 s left' in first
+    assert [line.split()[:3] for line in rest.splitlines()] == [
+        ['✓', 'table/a_smoke', 'done'],
+        ['1', 'runs:', '1'],
+    ]
+
+
+UNBUFFERED = os.environ | dict(PYTHONUNBUFFERED='1')
+
+
+@pytest.mark.parametrize('given', ['0', '-1', 'nan', 'inf', 'table.yaml'])
+def test_watching_asked_for_wrongly(capsys, given):
+    assert main(['status', '--watch', given]) == 2
+    said = f'--watch {given}: expected seconds, a number greater than 0; batch files go before'
+    assert said in capsys.readouterr().err
 
 
 def test_results(finished, tmp_path):

@@ -9,27 +9,29 @@ __all__ = ['main']
 import argparse
 import contextlib
 import glob
+import math
 import os
 import platform
 import re
 import shlex
 import shutil
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import fewshotmeta
-from ..data.files import cache_folder, data_root, digest_of, unpack
+from ..data.files import BadFile, cache_folder, data_root, digest_of, read_json, unpack
 from ..data.checks import check_size
 from .parameters import BadParameters, default_name, experiment_file
 from .parameters import experiment_files, merge_parameters, parse_value
 from .parameters import read_parameters, runs_folder
 from .provenance import device_name, provenance, version_of
-from .locks import RunBusy
+from .locks import RunBusy, marker
 from .execution import RunFailed, format_metric
 from .runs import run_notebook
-from .batches import read_batch
-from .states import View, describe_state, headline, state_of, summary
+from .batches import Planned, read_batch
+from .states import State, View, describe_state, headline, state_of, summary
 from .slurm import slurm_queue
 from .workers import Options, run_batch, todo
 from .results import all_results, group_results, nothing_matches, table_of
@@ -251,14 +253,22 @@ def _add_status(subcommands):
     files.completer = partial(_complete_file, '.yaml')
     status.add_argument('--scale', default='', help=_SCALE)
     status.add_argument('--runs', help=_RUNS)
+    again = (
+        'look again every so many seconds, 1 if it says none, until nothing runs; after the files '
+        '(default: look once)'
+    )
+    status.add_argument('--watch', nargs='?', const='1', metavar='SECONDS', help=again)
 
 
 def _status(args):
+    seconds = _seconds(args.watch) if args.watch else 0
     planned = [p for f in args.files for p in read_batch(f, args.scale, runs=args.runs)]
+    if seconds:
+        runs = None if planned else _runs_folder(args).resolve()
+        return _watch(partial(_states, planned) if planned else _Begun(runs), seconds)
     if not planned:
         return _overview(_runs_folder(args))
-    queue = slurm_queue(planned)
-    states = {p: state_of(p, queue) for p in planned}
+    states = _states(planned)
     for p, state in states.items():
         print(describe_state(p, state))
     print(summary(states))
@@ -269,6 +279,66 @@ def _runs_folder(args):
     if not runs.is_dir():
         raise FileNotFoundError(f'no folder {runs}: go to the project, or name it with --runs')
     return runs
+
+# %% ../../nbs/lab/20_command.ipynb #b1e5c840
+def _seconds(text):
+    "How long to wait between two looks. Raises `ValueError`."
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    way = 'seconds, a number greater than 0; batch files go before --watch'
+    raise ValueError(f'--watch {text}: expected {way}')
+
+
+def _states(planned):
+    "How the runs of batch files stand."
+    queue = slurm_queue(planned)
+    return {p: state_of(p, queue) for p in planned}
+
+
+class _Begun:
+    "How the runs in a folder stand that were begun and had no result at the first look."
+
+    def __init__(self, runs):
+        self.runs = runs
+        self.known = {}
+
+    def __call__(self):
+        for folder in sorted(self.runs.glob('*/*/')):
+            place = self.runs, *folder.parts[-2:]
+            if _is_begun(folder) or _is_held(folder, marker(*place)):
+                planned = Planned(*place[1:], Path(), {}, {}, self.runs)
+                self.known.setdefault(folder, planned)
+        with_results = {p: _read_result(p) for p in self.known.values()}
+        rest = _states([p for p, result in with_results.items() if not result])
+        return {p: rest.get(p) or State('done', '', result) for p, result in with_results.items()}
+
+# %% ../../nbs/lab/20_command.ipynb #7d20f9ae
+def _is_held(folder, note):
+    "Whether a process has a run that has no result, or had it when it was killed."
+    return note.exists() and not (folder / 'result.json').exists()
+
+
+def _read_result(planned):
+    "The result of a run; empty if there is none, or half of one."
+    try:
+        return read_json(planned.folder / 'result.json')
+    except (BadFile, OSError):
+        return {}
+
+
+def _watch(look, seconds):
+    "Show how runs stand until nothing runs or waits in a queue, or until Ctrl-C."
+    view = View()
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            states = look()
+            view(states)
+            if not any(state.taken for state in states.values()):
+                break
+            time.sleep(seconds)
+    if not view.live:
+        print(summary(states))
 
 # %% ../../nbs/lab/20_command.ipynb #b45e09d6
 def _overview(runs):

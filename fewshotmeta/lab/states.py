@@ -29,7 +29,7 @@ class State:
     kind: str  # see the table
     note: str = ''  # in a few words
     result: dict = field(default_factory=dict)  # of a run that is done
-    progress: dict = field(default_factory=dict)  # iteration, iterations, loss, accuracy, seconds
+    progress: dict = field(default_factory=dict)  # phase, done, all; iteration, loss, accuracy, …
     who: dict = field(default_factory=dict)  # the process or job: pid, host, job
 
 # %% ../../nbs/lab/07_states.ipynb #bd54d62a
@@ -133,7 +133,7 @@ def _without_result(p, queue, failure, begun, progress):
         first = (failure['error'].splitlines() or [''])[0]
         return 'failed', f'{failure["kind"]}: {first}'
     note = ''
-    if progress:
+    if 'iteration' in progress:
         note = f'at iteration {progress["iteration"]:,} of {progress["iterations"]:,}'
     begun = begun or (p.folder / 'checkpoint.safetensors').exists()
     return ('stopped' if begun else 'waiting'), note
@@ -198,18 +198,30 @@ MARKS = {
 
 def describe_state(p: Planned, s: State) -> str:
     "Tell in a line what a run is doing."
-    line = f'{MARKS.get(s.kind, "·")} {p.name:44s} {s.kind}'
+    return f'{_mark(s)} {p.name:44s} {_about(s, 3)}'
+
+# %% ../../nbs/lab/07_states.ipynb #61c0e7f5
+def _mark(s):
+    return MARKS.get(s.kind, '·')
+
+
+def _about(s, detail):
+    "What is said of a run after its name."
     if s.done:
         note = f' ({s.note})' if s.note else ''
-        return f'{line}{note}   {headline(s.result)}   {_duration(s.result["seconds"])}'
-    if s.running:
-        where = f' ({s.note})'
-        if 'pid' in s.who:
-            where = f' on {s.who.get("host", "?")}, process {s.who["pid"]}'
-        return line + where + _pace(s.progress)
-    return f'{line}: {s.note}' if s.note else line
+        return f'{s.kind}{note}   {headline(s.result)}   {_duration(s.result["seconds"])}'
+    if not s.running:
+        return f'{s.kind}: {s.note}' if s.note else s.kind
+    where = f' ({s.note})' if s.note else ''
+    if 'pid' in s.who:
+        where = f' on {s.who.get("host", "?")}, process {s.who["pid"]}'
+    words = s.kind if detail else ''
+    if detail == 3:
+        words += where
+    gap = '   ' if detail else '  '
+    return gap.join(filter(None, [words, *_pace(s.progress, detail)]))
 
-
+# %% ../../nbs/lab/07_states.ipynb #f2a85d3b
 def headline(result: dict) -> str:
     "Show the first metric of a result, with its interval."
     name, value = next(iter(result['metrics'].items()))
@@ -223,18 +235,35 @@ def summary(states: dict) -> str:
     return f'{len(kinds)} runs: {counts}'
 
 # %% ../../nbs/lab/07_states.ipynb #fd88ce75
-def _pace(progress):
-    "How far a training is, how fast, how well, and how long still."
-    if not progress or not progress['seconds']:
-        return ''
+def _pace(progress, detail):
+    "How far a run is, how fast, how well, and how long still, as texts."
+    phase = progress.get('phase', 'training')
+    if phase == 'testing' or 'iteration' not in progress:
+        return _pace_of_tasks(phase, progress)
+    if not progress.get('seconds'):
+        return []
     done, all_ = progress['iteration'], progress['iterations']
     rate = done / progress['seconds']
-    best = ''
-    if progress.get('best') is not None:
-        best = f', best val {progress["best"]:.4f}'
-    well = f'loss {progress["loss"]:.3f}, accuracy {progress["accuracy"]:.3f}{best}'
+    how_far = f'{done:,}/{all_:,}'
+    if phase == 'validating':
+        tasks = f'validating {progress["done"]}/{progress["all"]}'
+        how_far = f'{how_far}, {tasks}' if detail > 1 else tasks
+    well = f'loss {progress["loss"]:.3f}'
+    if detail > 1:
+        well += f', accuracy {progress["accuracy"]:.3f}'
+        if progress.get('best') is not None:
+            well += f', best val {progress["best"]:.4f}'
+    return [how_far, f'{rate:.2f} it/s', well, f'{_duration((all_ - done) / rate)} left']
+
+
+def _pace_of_tasks(phase, progress):
+    "The same of a test, whose accuracy is not known before its end."
+    if not progress.get('spent') or not progress['done']:
+        return []
+    done, all_ = progress['done'], progress['all']
+    rate = done / progress['spent']
     left = _duration((all_ - done) / rate)
-    return f'   {done:,}/{all_:,}   {rate:.2f} it/s   {well}   {left} left'
+    return [f'{phase} {done:,}/{all_:,}', f'{rate:.2f} tasks/s', f'{left} left']
 
 
 def _duration(seconds):
@@ -243,6 +272,31 @@ def _duration(seconds):
     if seconds < 5400:
         return f'{seconds / 60:.0f} min'
     return f'{seconds / 3600:.1f} h'
+
+# %% ../../nbs/lab/07_states.ipynb #5e8b1c62
+_SHORTEST = 20  # columns of a name
+
+
+def _table(states, width):
+    "A line for each run, none of more than so many columns."
+    longest = max((len(p.name) for p in states), default=0)
+    for detail in (3, 2, 1, 0):
+        about = {p: _about(s, detail) for p, s in states.items()}
+        going = [len(about[p]) for p, s in states.items() if s.running or s.done]
+        room = width - 3 - max(going, default=0)
+        if room >= longest:
+            break
+    room = max(min(room, longest), min(_SHORTEST, longest))
+    rows = [f'{_mark(s)} {_shortened(p.name, room):{room}} {about[p]}' for p, s in states.items()]
+    return [row if len(row) <= width else f'{row[: width - 1]}…' for row in rows]
+
+
+def _shortened(name, room):
+    "A name of at most so many columns, without its middle."
+    if len(name) <= room:
+        return name
+    tail = (room - 1) * 2 // 3  # the ends of names differ
+    return f'{name[: room - 1 - tail]}…{name[len(name) - tail :]}'
 
 # %% ../../nbs/lab/07_states.ipynb #9c6c90c4
 class View:
@@ -274,12 +328,11 @@ def draw(self: View, states: dict):
     shown = states
     if len(states) > height - 3:
         shown = {p: s for p, s in states.items() if s.running or s.failed or s.changed}
-    rows = [describe_state(p, s) for p, s in shown.items()]
+    rows = [*_table(shown, width - 1), summary(states)[: width - 1]]
     if len(states) > height - 3:
-        rows = rows[: height - 3]
-    rows.append(summary(states))
+        rows = rows[: height - 3] + rows[-1:]
     up = f'\x1b[{self.height}A' if self.height else ''
-    self.out.write(up + ''.join(f'\x1b[2K{row[: width - 1]}\n' for row in rows) + '\x1b[J')
+    self.out.write(up + ''.join(f'\x1b[2K{row}\n' for row in rows) + '\x1b[J')
     self.height = len(rows)
 
 
