@@ -19,7 +19,7 @@ from fewshotmeta.lab.parameters import BadParameters
 from fewshotmeta.lab.provenance import kernels_in_use, package_digest
 from fewshotmeta.lab.runs import run_notebook
 from fewshotmeta.training.checkpoints import read_checkpoint
-from tiny import PARAMETERS, REPORT, files, folder_of, notebook, run
+from tiny import PARAMETERS, REPORT, cells_of, files, folder_of, notebook, run, run_here
 
 TRAIN = ROOT / 'nbs' / 'experiments' / 'train.ipynb'
 
@@ -250,18 +250,17 @@ def test_train_notebook_runs_what_no_batch_file_has(tmp_path):
     digests = set()
     for method, changes in special.items():
         given = SMALL | dict(method=method) | changes
-        result = run_notebook(TRAIN, given, f'm/{method}', tmp_path, quiet=True)
+        (tmp_path / method).mkdir()
+        result = run_here(TRAIN, given, tmp_path / method)
         check_training(result, changes.get('test_ways', []))
-        written = json.loads((tmp_path / 'm' / method / 'result.json').read_text())
-        digests.add(written['episodes_digest'])
-    assert (tmp_path / 'm' / 'fomaml' / 'metrics.csv').is_file()
-    assert not (tmp_path / 'm' / 'random_init' / 'metrics.csv').exists()
+        digests.add(result['episodes_digest'])
+    assert (tmp_path / 'fomaml' / 'metrics.csv').is_file()
+    assert not (tmp_path / 'random_init' / 'metrics.csv').exists()
     assert len(digests) == 1  # all methods meet the same test tasks
 
 
 def check_training(result, ways):
     accuracy = result['metrics']['test_accuracy']
-    assert result['scale'] == 'smoke'
     assert 0 <= accuracy['mean'] <= 1
     assert accuracy['n'] == 3
     assert len(result['episodes_digest']) == 16
@@ -269,24 +268,29 @@ def check_training(result, ways):
     assert expected <= set(result['metrics'])
 
 
+def test_train_notebook_on_real_data(tmp_path, real_data):
+    "A kernel finds the data where this process does."
+    given = SMALL | dict(data='omniglot', protocol='finn2017')
+    result = run_notebook(TRAIN, given, 'm/x', tmp_path, quiet=True)
+    assert result['scale'] == 'smoke'
+    assert result['metrics']['test_accuracy']['n'] == 3
+
+
 @pytest.mark.parametrize(
     'given',
     [
-        dict(data='omniglot', protocol='finn2017'),
         dict(data='omniglot', protocol='drumond2020', select='last'),
         dict(data='omniglot', test_data='emnist', protocol='hypermaml2022'),
-        dict(data='mini_imagenet', n_query=15),
+        pytest.param(
+            dict(data='mini_imagenet', n_query=15),
+            marks=pytest.mark.xdist_group('mini_imagenet'),  # the bank that test_data builds
+        ),
     ],
-    ids=[
-        'omniglot-finn2017',
-        'omniglot-drumond2020',
-        'omniglot-hypermaml2022',
-        'mini_imagenet-antoniou2018',
-    ],
+    ids=['omniglot-drumond2020', 'omniglot-hypermaml2022', 'mini_imagenet-antoniou2018'],
 )
-def test_train_notebook_on_real_data(tmp_path, real_data, given):
+def test_train_notebook_of_each_protocol(tmp_path, real_data, given):
     "Each protocol on its data, as the papers pair them."
-    result = run_notebook(TRAIN, SMALL | given, 'm/x', tmp_path, quiet=True)
+    result = run_here(TRAIN, SMALL | given, tmp_path)
     assert result['metrics']['test_accuracy']['n'] == 3
 
 
@@ -311,17 +315,11 @@ def test_train_notebook_on_real_data(tmp_path, real_data, given):
 )
 def test_train_notebook_refuses_before_it_trains(given, words):
     "Its cells in this process: a kernel for each would say the same."
-    cells = [c for c in json.loads(TRAIN.read_text())['cells'] if c['cell_type'] == 'code']
     names = {}
     with pytest.raises(ValueError, match=words):
-        for cell in cells:
-            source = ''.join(cell['source'])
-            if source.startswith('#| hide'):
-                continue
+        for source in cells_of(TRAIN, SMALL | given):
             assert 'fit(' not in source, 'it comes to the training'
             exec(source, names)
-            if 'parameters' in cell['metadata'].get('tags', []):
-                names |= SMALL | given
 
 
 # ---- a run that is interrupted
