@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # small tensors, and worker threads of our own: one arithmetic thread each
 ONE_THREAD := OMP_NUM_THREADS=1
+# some two hundred processes import the package and the tests: Python compiles them once
+unexport PYTHONDONTWRITEBYTECODE
 # two notebooks at a time on two cores: a worker each
 ONE_WORKER := FEWSHOTMETA_WORKERS=1
 # cells and tests on real data run where there is any

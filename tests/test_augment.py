@@ -137,12 +137,3 @@ def test_training_resumes_with_augmentation(noise_bank, tmp_path, stopped):
         assert torch.equal(value, again.theta[name])
     with pytest.raises(BadCheckpoint, match='augment'):
         trained(sampler(augment=None), tmp_path / 'a')
-
-
-def test_mini_imagenet(real_data):
-    bank = mini_imagenet('val', root=real_data)
-    ep = EpisodeSampler(bank, 5, 1, 2, augment=CloserLook())[0:2]
-    assert ep.xs.shape == (2, 5, 3, 84, 84)
-    assert ep.xs.min() >= 0
-    assert ep.xs.max() <= 1
-    assert ep.xs.std() > 0.05

@@ -1,10 +1,10 @@
 """Banks: what they hold, what they refuse, and that a bad file is never used."""
 
 import os
-import shutil
-import subprocess
-import sys
+import tempfile
+from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -405,9 +405,8 @@ except DataMissing as e:
 
 def test_failed_download_is_data_missing(tmp_path):
     nowhere = 'http://127.0.0.1:9'
-    env = os.environ | dict(https_proxy=nowhere, http_proxy=nowhere, no_proxy='')
-    command = [sys.executable, '-c', LOAD_OMNIGLOT, str(tmp_path)]
-    out = subprocess.run(command, env=env, capture_output=True, text=True).stdout
+    proxies = dict(https_proxy=nowhere, http_proxy=nowhere, no_proxy='')
+    out = forks.run(LOAD_OMNIGLOT, tmp_path, **proxies).stdout
     assert 'MISSING omniglot is not under' in out
     assert 'fewshotmeta data --get omniglot' in out
 
@@ -548,15 +547,34 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 '''
 
 
-def test_real_mini_imagenet_builds_in_little_memory(real_data, tmp_path):
+@pytest.fixture
+def fresh_cache():
+    "An empty cache folder; the banks that are built there go to the usual one, for other tests."
+    usual = cache_folder() / 'banks'
+    usual.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=usual.parent) as folder:
+        yield folder
+        for bank in Path(folder).rglob('*.safetensors'):
+            os.replace(bank, usual / bank.name)
+
+
+@pytest.mark.xdist_group('mini_imagenet')
+def test_real_mini_imagenet_builds_in_little_memory(real_data, fresh_cache):
     "60,000 JPEGs, behind a progress bar; the peak is that of the largest split and a copy."
-    env = os.environ | dict(FEWSHOTMETA_CACHE=str(tmp_path))
-    command = [sys.executable, '-c', MEASURE_MINI_IMAGENET]
-    out = subprocess.run(command, env=env, capture_output=True, text=True)
+    out = forks.run(MEASURE_MINI_IMAGENET, FEWSHOTMETA_CACHE=fresh_cache)
     assert not out.returncode, out.stderr[-2000:]
     classes, images, gigabytes = out.stdout.splitlines()
     assert classes == '64 16 20'
     assert images == '60000'
     assert float(gigabytes) < 3, gigabytes
     assert 'building mini_imagenet train' in out.stderr
-    shutil.rmtree(tmp_path / 'banks')
+
+
+@pytest.mark.xdist_group('mini_imagenet')
+def test_real_mini_imagenet_augmented(real_data):
+    bank = mini_imagenet('val', root=real_data)
+    ep = EpisodeSampler(bank, 5, 1, 2, augment=CloserLook())[0:2]
+    assert ep.xs.shape == (2, 5, 3, 84, 84)
+    assert ep.xs.min() >= 0
+    assert ep.xs.max() <= 1
+    assert ep.xs.std() > 0.05

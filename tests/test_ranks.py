@@ -1,14 +1,17 @@
-"""Several processes, one meta-batch: torchrun on the CPU."""
+"""Several processes, one meta-batch: on the CPU, started as torchrun does or by itself."""
 
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
+from forks import Fork, run
 from fewshotmeta.data.files import read_json
 from fewshotmeta.engine.ranks import Ranks
 from fewshotmeta.training.checkpoints import read_checkpoint
+from tiny import run_here
 
 SCRIPT = '''
 import os
@@ -79,14 +82,29 @@ METHODS = 'maml', 'mamlpp', 'hidra', 'hypermaml'
 pytestmark = pytest.mark.xdist_group('ranks')  # share the trainings of one process
 
 
-def train(tmp_path, ranks, folder='run', methods=('maml',), stop=0):
-    "Eight iterations of each method, in so many ranks; 0: without torchrun."
-    (tmp_path / 'train.py').write_text(SCRIPT)
-    launch = [sys.executable]
-    if ranks:
-        launch += ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', ranks]
-    command = [*launch, tmp_path / 'train.py', tmp_path / folder, 8, stop, *methods]
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+def launched(ranks):
+    "What torchrun tells each rank: where they meet, in a store that is kept for them."
+    store = dist.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
+    shared = dict(MASTER_ADDR='localhost', MASTER_PORT=str(store.port), WORLD_SIZE=str(ranks))
+    shared |= dict(TORCHELASTIC_USE_AGENT_STORE='True', TORCHELASTIC_RESTART_COUNT='0')
+    told = [shared | dict(RANK=str(i), LOCAL_RANK=str(i)) for i in range(ranks)]
+    return store, told
+
+
+def train(folder, ranks, methods=('maml',), stop=0):
+    "Eight iterations of each method, in so many ranks; 0: in none. What each rank said."
+    given = SCRIPT, folder, 8, stop, *methods
+    if not ranks:
+        return [run(*given)]
+    store, told = launched(ranks)  # the store lives until they are through
+    return [fork.wait() for fork in [Fork(*given, **env) for env in told]]
+
+
+def done(said, methods=('maml',)):
+    "Whether the ranks came to the end, and the first of them said so of each method."
+    assert not any(rank.returncode for rank in said), said
+    expected = [f'{method} done 8' for method in methods]
+    assert [rank.stdout.splitlines() for rank in said] == [expected, *[[]] * (len(said) - 1)], said
 
 
 @pytest.fixture(scope='module')
@@ -94,9 +112,8 @@ def alone(tmp_path_factory):
     "A folder with what one process gives, a folder for each method."
     folder = tmp_path_factory.mktemp('alone')
     every = *METHODS, 'few'
-    done = train(folder, 0, 'one', every)
-    assert done.stdout.count('done 8') == len(every), done.stderr
-    return folder / 'one'
+    done(train(folder, 0, every), every)
+    return folder
 
 
 def same(a, b, eps=1e-10):
@@ -117,36 +134,36 @@ def files(folder):
 
 def test_ranks_give_what_one_process_gives(tmp_path, alone):
     "Five tasks over two ranks: to rounding, statistics and validation included; one checkpoint."
-    out = train(tmp_path, 2, 'two', METHODS)
+    done(train(tmp_path, 2, METHODS), METHODS)
     for method in METHODS:
-        assert f'{method} done 8' in out.stdout, out.stderr
-        same(alone / method, tmp_path / 'two' / method)
-        assert files(tmp_path / 'two' / method) == files(alone / method)
+        same(alone / method, tmp_path / method)
+        assert files(tmp_path / method) == files(alone / method)
 
 
 def test_resume_on_another_number_of_ranks(tmp_path, alone):
     "Begun on one, continued on three, finished on two."
     for ranks, stop in (0, 2), (3, 4):
-        assert train(tmp_path, ranks, stop=stop).returncode
-        assert read_checkpoint(tmp_path / 'run/maml')[0]['iteration'] == stop
-    assert 'done 8' in (out := train(tmp_path, 2)).stdout, out.stderr
-    same(alone / 'maml', tmp_path / 'run/maml')
+        assert all(rank.returncode for rank in train(tmp_path, ranks, stop=stop))
+        assert read_checkpoint(tmp_path / 'maml')[0]['iteration'] == stop
+    done(train(tmp_path, 2))
+    same(alone / 'maml', tmp_path / 'maml')
 
 
 def test_more_ranks_than_tasks(tmp_path, alone):
     "Three ranks share two tasks: one of them has none."
-    assert 'done 8' in (out := train(tmp_path, 3, methods=['few'])).stdout, out.stderr
-    same(alone / 'few', tmp_path / 'run/few')
+    done(train(tmp_path, 3, ['few']), ['few'])
+    same(alone / 'few', tmp_path / 'few')
 
 
 def test_what_one_rank_is_told_all_do(tmp_path):
     "Ctrl-C that reaches one rank stops all after the same iteration; an error in one ends all."
-    out = train(tmp_path, 2, 'stopped', stop=-5)
-    assert out.returncode
-    assert read_checkpoint(tmp_path / 'stopped/maml')[0]['iteration'] == 6, out.stderr
-    assert 'done 8' in train(tmp_path, 2, 'stopped').stdout
-    out = train(tmp_path, 2, 'failed', stop=-3)
-    assert out.returncode and 'rank 1 has had enough' in out.stderr
+    said = train(tmp_path / 'stopped', 2, stop=-5)
+    assert all('KeyboardInterrupt' in rank.stderr for rank in said), said
+    assert read_checkpoint(tmp_path / 'stopped/maml')[0]['iteration'] == 6
+    done(train(tmp_path / 'stopped', 2))
+    said = train(tmp_path / 'failed', 2, stop=-3)
+    assert all(rank.returncode for rank in said)
+    assert 'rank 1 has had enough' in said[1].stderr
     assert read_checkpoint(tmp_path / 'failed/maml')[0]['iteration'] == 2
 
 
@@ -166,16 +183,14 @@ def test_an_experiment_under_torchrun(tmp_path):
     sizes = dict(iterations=4, valid_every=2, valid_tasks=4, test_tasks=10, filters=4)
     sizes |= dict(meta_batch=4, test_steps=1)
     nb = ROOT / 'nbs' / 'experiments' / 'train.ipynb'
-    args = ['-m', 'fewshotmeta.lab.command', 'run', nb, '--runs', tmp_path, '-p']
+    args = ['-m', 'fewshotmeta.lab.command', 'run', nb, '--runs', tmp_path, '--name', 'x/two', '-p']
     args += [f'{name}={value}' for name, value in sizes.items()]
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    metrics = []
-    for launch, name in ([], 'one'), (torchrun, 'two'):
-        command = [sys.executable, *launch, *map(str, args), '--name', f'x/{name}']
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        metrics.append(read_json(tmp_path / 'x' / name / 'result.json')['metrics'])
-    one, two = (m['test_accuracy']['mean'] for m in metrics)
+    command = [sys.executable, *torchrun, *map(str, args)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    two = read_json(tmp_path / 'x' / 'two' / 'result.json')['metrics']['test_accuracy']['mean']
+    one = run_here(nb, sizes, tmp_path / 'one')['metrics']['test_accuracy']['mean']
     assert abs(one - two) < 0.1
     kept = ['checkpoint.safetensors', 'metrics.csv', 'notebook.ipynb', 'result.json', 'tasks.csv']
     assert files(tmp_path / 'x' / 'two') == kept

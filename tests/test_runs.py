@@ -14,7 +14,6 @@ import pytest
 import torch
 import fewshotmeta
 from conftest import ROOT
-from cells import execute
 from fewshotmeta.data.files import read_json
 from fewshotmeta.lab.execution import RESULT_TYPE, RunFailed, report, run_folder
 from fewshotmeta.lab.locks import RunBusy
@@ -26,7 +25,7 @@ from fewshotmeta.learners.maml import LEARNERS
 from fewshotmeta.training.checkpoints import read_checkpoint
 from fewshotmeta.training.evaluation import Evaluation, evaluate
 from fewshotmeta.training.saving import load_learner
-from tiny import PARAMETERS, REPORT, files, folder_of, notebook, run
+from tiny import PARAMETERS, REPORT, cells_of, files, folder_of, notebook, run, run_here
 
 TRAIN = ROOT / 'nbs' / 'experiments' / 'train.ipynb'
 
@@ -286,24 +285,26 @@ def test_train_notebook_runs_what_no_batch_file_has(tmp_path):
     digests = set()
     for method, changes in special.items():
         given = SMALL | dict(method=method) | changes
-        result = run_notebook(TRAIN, given, f'm/{method}', tmp_path, quiet=True)
+        (tmp_path / method).mkdir()
+        result = run_here(TRAIN, given, tmp_path / method)
         check_training(result, changes.get('test_ways', []))
-        check_tasks(result, tmp_path / 'm' / method)
-        written = json.loads((tmp_path / 'm' / method / 'result.json').read_text())
-        digests.add(written['episodes_digest'])
-    assert (tmp_path / 'm' / 'fomaml' / 'metrics.csv').is_file()
-    assert not (tmp_path / 'm' / 'random_init' / 'metrics.csv').exists()
+        check_tasks(result, tmp_path / method)
+        digests.add(result['episodes_digest'])
+    assert (tmp_path / 'fomaml' / 'metrics.csv').is_file()
+    assert not (tmp_path / 'random_init' / 'metrics.csv').exists()
     assert len(digests) == 1  # all methods meet the same test tasks
 
 
 @pytest.mark.parametrize('method', sorted(LEARNERS))
 def test_every_method_runs_by_its_name_alone(tmp_path, method):
     "Its defaults fit each other, and the learner that was tested is kept."
-    found = execute(TRAIN, tmp_path / 'train' / method, method=method)
+    folder = tmp_path / 'train' / method
+    folder.mkdir(parents=True)
+    found = run_here(TRAIN, dict(method=method), folder)
     metrics = found['metrics']
     assert metrics['test_accuracy']['n'] == 16
     last = max(int(name.split('_')[-1]) for name in metrics if name.startswith('accuracy_step_'))
-    learner = load_learner(tmp_path / 'train' / method / 'learner.safetensors')
+    learner = load_learner(folder / 'learner.safetensors')
     assert learner.card.run == f'train/{method}' and learner.card.method == method
     tasks = tasks_for(learner, 'glyphs')
     again = evaluate(learner, tasks, 16)
@@ -313,7 +314,6 @@ def test_every_method_runs_by_its_name_alone(tmp_path, method):
 
 def check_training(result, ways):
     accuracy = result['metrics']['test_accuracy']
-    assert result['scale'] == 'smoke'
     assert 0 <= accuracy['mean'] <= 1
     assert accuracy['n'] == 3
     assert len(result['episodes_digest']) == 16
@@ -337,24 +337,29 @@ def check_tasks(result, folder):
         assert mean == pytest.approx(result['metrics'][f'accuracy_step_{step}']['mean'])
 
 
+def test_train_notebook_on_real_data(tmp_path, real_data):
+    "A kernel finds the data where this process does."
+    given = SMALL | dict(data='omniglot', protocol='finn2017')
+    result = run_notebook(TRAIN, given, 'm/x', tmp_path, quiet=True)
+    assert result['scale'] == 'smoke'
+    assert result['metrics']['test_accuracy']['n'] == 3
+
+
 @pytest.mark.parametrize(
     'given',
     [
-        dict(data='omniglot', protocol='finn2017'),
         dict(data='omniglot', protocol='drumond2020', select='last'),
         dict(data='omniglot', test_data='emnist', protocol='hypermaml2022'),
-        dict(data='mini_imagenet', n_query=15),
+        pytest.param(
+            dict(data='mini_imagenet', n_query=15),
+            marks=pytest.mark.xdist_group('mini_imagenet'),  # the bank that test_data builds
+        ),
     ],
-    ids=[
-        'omniglot-finn2017',
-        'omniglot-drumond2020',
-        'omniglot-hypermaml2022',
-        'mini_imagenet-antoniou2018',
-    ],
+    ids=['omniglot-drumond2020', 'omniglot-hypermaml2022', 'mini_imagenet-antoniou2018'],
 )
-def test_train_notebook_on_real_data(tmp_path, real_data, given):
+def test_train_notebook_of_each_protocol(tmp_path, real_data, given):
     "Each protocol on its data, as the papers pair them."
-    result = run_notebook(TRAIN, SMALL | given, 'm/x', tmp_path, quiet=True)
+    result = run_here(TRAIN, SMALL | given, tmp_path)
     assert result['metrics']['test_accuracy']['n'] == 3
 
 
@@ -379,17 +384,11 @@ def test_train_notebook_on_real_data(tmp_path, real_data, given):
 )
 def test_train_notebook_refuses_before_it_trains(given, words):
     "Its cells in this process: a kernel for each would say the same."
-    cells = [c for c in json.loads(TRAIN.read_text())['cells'] if c['cell_type'] == 'code']
     names = {}
     with pytest.raises(ValueError, match=words):
-        for cell in cells:
-            source = ''.join(cell['source'])
-            if source.startswith('#| hide'):
-                continue
+        for source in cells_of(TRAIN, SMALL | given):
             assert 'fit(' not in source, 'it comes to the training'
             exec(source, names)
-            if 'parameters' in cell['metadata'].get('tags', []):
-                names |= SMALL | given
 
 
 # ---- a run that is interrupted

@@ -1,7 +1,10 @@
 """A tiny experiment, for the tests of the runner: its parameters, its notebook, its run."""
 
 from pathlib import Path
+import matplotlib.pyplot as plt
 import nbformat
+import pytest
+from fewshotmeta.lab.parameters import merge_parameters, read_parameters
 from fewshotmeta.lab.runs import run_notebook
 
 PARAMETERS = """x = 2  # a number
@@ -49,3 +52,28 @@ def folder_of(nb, name='demo/one'):
 def files(nb, name='demo/one'):
     "What a run left."
     return sorted(p.name for p in folder_of(nb, name).iterdir())
+
+
+def cells_of(nb, given):
+    "The code that a run executes cell by cell, without magics; behind the parameters its own."
+    values = {k: v for k, v in merge_parameters(read_parameters(nb), given).items() if k in given}
+    for cell in nbformat.read(nb, 4).cells:
+        if cell.cell_type == 'code' and not cell.source.startswith('#| hide'):
+            lines = [line for line in cell.source.splitlines() if not line.startswith('%')]
+            yield '\n'.join(lines)
+            if 'parameters' in cell.metadata.get('tags', []):
+                yield '\n'.join(f'{k} = {v!r}' for k, v in values.items())
+
+
+def run_here(nb, given, folder):
+    "Execute a notebook in this process, as a run in `folder` that needs no kernel: its report."
+    shown, names = [], {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('FEWSHOTMETA_RUN', str(folder))
+        patch.setattr('IPython.display.display', shown.append)
+        patch.setattr(plt, 'show', lambda: plt.close('all'))
+        for source in cells_of(nb, given):
+            exec(source, names)
+    plt.close('all')
+    (reported,) = [thing.result for thing in shown if hasattr(thing, 'result')]
+    return reported
