@@ -1,7 +1,11 @@
-"""Every variant of Conv4, by its parameter count and against a network of nn modules."""
+"""Conv4 and ResNet-12, by their parameter counts and against networks of nn modules."""
 
-import pytest, torch
+import pytest
+import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
+
 from fewshotmeta.all import *
 
 
@@ -156,6 +160,190 @@ def test_from_module():
     assert not torch.allclose(body(own, x)[0][1], body(p, x[1:])[0][0], atol=1e-3)
 
 
+# ---- ResNet-12
+class PlainBlock(nn.Module):
+    "A residual block of nn modules."
+
+    def __init__(self, channels, width, batch_norm):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv3 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.skip = nn.Conv2d(channels, width, 1, bias=False)
+        for name in ('norm1', 'norm2', 'norm3', 'skip_norm'):
+            setattr(self, name, batch_norm(width))
+
+    def forward(self, x):
+        h = F.leaky_relu(self.norm1(self.conv1(x)), 0.1)
+        h = F.leaky_relu(self.norm2(self.conv2(h)), 0.1)
+        h = self.norm3(self.conv3(h))
+        return F.max_pool2d(F.leaky_relu(h + self.skip_norm(self.skip(x)), 0.1), 2)
+
+
+class Given(nn.BatchNorm2d):
+    "A norm that uses its buffers, and notes the statistics of what it was shown."
+
+    def forward(self, x):
+        self.seen = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+class Own(nn.BatchNorm2d):
+    "A norm that uses the statistics of what it is shown, and notes them."
+
+    def forward(self, x):
+        self.seen = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+        return F.batch_norm(x, None, None, self.weight, self.bias, training=True)
+
+
+def plain_resnet12(net, batch_norm=Own):
+    "The same network of nn modules; its parameters have the same names."
+    channels = (net.channels, *net.widths)
+    blocks = [PlainBlock(*pair, batch_norm) for pair in zip(channels, net.widths)]
+    module = nn.Module()
+    for i, block in enumerate(blocks, 1):
+        setattr(module, f'block{i}', block)
+    module.forward = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten()).forward
+    return module.double()
+
+
+def shaken(net, tasks=0, seed=0):
+    "Parameters in float64, none of them trivial, shared or one for each of some tasks."
+    gen = torch.Generator().manual_seed(seed)
+
+    def moved(v):
+        shape = (tasks, *v.shape) if tasks else v.shape
+        return v.double() + 0.1 * torch.randn(shape, generator=gen, dtype=torch.float64)
+
+    return {name: moved(v) for name, v in net.init(gen).items()}
+
+
+def tasks_of(params, n):
+    "The parameters of each task."
+    return [{name: v[i] for name, v in params.items()} for i in range(n)]
+
+
+def images(net, tasks, n, seed=1):
+    gen = torch.Generator().manual_seed(seed)
+    shape = tasks, n, net.channels, net.size, net.size
+    return torch.rand(shape, generator=gen, dtype=torch.float64)
+
+
+def close(a, b):
+    return torch.allclose(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_resnet12_has_the_parameters_of_the_papers():
+    assert count(resnet12()) == 12_424_320
+    assert resnet12().out_features == 640
+    assert count(resnet12()) == sum(p.numel() for p in plain_resnet12(resnet12()).parameters())
+    rows = resnet12(filters=2, norm_steps=3)
+    norms = sum(2 * width for width in rows.norm_layers().values())
+    assert count(rows) == count(resnet12(filters=2)) + 2 * norms
+    weight = resnet12().init(torch.Generator().manual_seed(0))['block2.conv2.weight']
+    assert abs(weight.std() / (2 / (160 * 9)) ** 0.5 - 1) < 0.01
+
+
+@pytest.mark.parametrize('channels,size', [(1, 28), (3, 33)])
+def test_resnet12_is_the_network_that_it_says(channels, size):
+    net = resnet12(channels, size, filters=2)
+    module = plain_resnet12(net)
+    params, x = shaken(net, tasks=2), images(net, 2, 4)
+    features, stats = net(params, x)
+    for i, own in enumerate(tasks_of(params, 2)):
+        assert close(features[i], functional_call(module, own, (x[i],)))
+        for layer, (mean, var) in stats.items():
+            block, norm = layer.split('.')
+            expected = getattr(getattr(module, block), norm).seen
+            assert close(mean[i], expected[0]) and close(var[i], expected[1])
+
+
+def test_resnet12_by_the_support_sets_statistics():
+    net = resnet12(1, 20, filters=2, norm='support')
+    params, xs, xq = shaken(net, tasks=2), images(net, 2, 4), images(net, 2, 3, seed=2)
+    _, stats = net(params, xs)
+    features, _ = net(params, xq, 0, stats)
+    own, given = plain_resnet12(net), plain_resnet12(net, Given)
+    for i, params_of_one in enumerate(tasks_of(params, 2)):
+        functional_call(own, params_of_one, (xs[i],))
+        state = dict(params_of_one)
+        for layer in net.norm_layers():
+            block, norm = layer.split('.')
+            mean, var = getattr(getattr(own, block), norm).seen
+            state |= {f'{layer}.running_mean': mean, f'{layer}.running_var': var}
+        assert close(features[i], functional_call(given, state, (xq[i],)))
+    alone = net(params, xq[:, :1], 0, stats)[0]
+    assert close(alone, features[:, :1])  # no look at the other queries
+
+
+@pytest.mark.parametrize('norm', ['per_step', 'affine_only'])
+def test_resnet12_by_statistics_that_are_given(norm):
+    net = resnet12(1, 20, filters=2, norm=norm, norm_steps=3)
+    gen = torch.Generator().manual_seed(3)
+    buffers = {k: v.double() + torch.rand(v.shape, generator=gen) for k, v in net.buffers().items()}
+    params, x = shaken(net), images(net, 2, 4)
+    module = plain_resnet12(net, Given)
+    for step in (0, 2):
+        state = {k: v[step] if 'norm' in k else v for k, v in params.items()}
+        for name, value in buffers.items():
+            layer, _, kind = name.rpartition('.')
+            state[f'{layer}.running_{kind}'] = value[step]
+        features, stats = net(params | buffers, x, step)
+        assert close(features, torch.stack([functional_call(module, state, (t,)) for t in x]))
+    mean, var = stats['block3.skip_norm']
+    seen = module.block3.skip_norm.seen if norm == 'per_step' else (0 * mean[1], 0 * var[1] + 1)
+    assert close(mean[1], seen[0]) and close(var[1], seen[1])
+
+
+def plain_meta_loss(module, theta, adapted, ep, rate):
+    "Query losses of one inner step, by functional_call, a task at a time."
+
+    def loss(params, x, y):
+        features = functional_call(module, {k: params[k] for k in body}, (x,))
+        return F.cross_entropy(F.linear(features, params['head.weight'], params['head.bias']), y)
+
+    body, losses = [k for k in theta if not k.startswith('head.')], []
+    for xs, ys, xq, yq in zip(*ep):
+        own = {k: theta[k] for k in adapted}
+        grads = torch.autograd.grad(loss(theta, xs, ys), list(own.values()), create_graph=True)
+        moved = {k: v - rate * g for (k, v), g in zip(own.items(), grads)}
+        losses.append(loss(theta | moved, xq, yq))
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize('plan', ['loop', 'batched', 'threads', 'im2col', 'plain'])
+def test_an_inner_step_of_resnet12_and_its_gradient(plan):
+    "Through the step, in second order, for tasks that adapt each on its own."
+    net = resnet12(1, 18, filters=2)
+    learner = to_dtype(MAML(net, 3, inner_lr=0.2, inner_steps=1), torch.float64)
+    gen = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for v in learner.theta.values():
+            v.add_(0.1 * torch.randn(v.shape, generator=gen, dtype=torch.float64))
+    ys = torch.arange(3).repeat(4, 2)
+    ep = Episodes(images(net, 4, 6), ys, images(net, 4, 6, seed=2), ys)
+    found = meta_gradient(learner, ep, plan=plan_for('cpu', plan))
+    module = plain_resnet12(net)
+    losses = plain_meta_loss(module, learner.theta, learner.adapted, ep, 0.2)
+    assert close(found.loss, losses.mean().detach())
+    expected = torch.autograd.grad(losses.mean(), list(learner.theta.values()))
+    for name, a, b in zip(learner.theta, found.grads, expected):
+        assert torch.allclose(a, b, rtol=1e-7, atol=1e-9), name
+
+
+def test_resnet12_is_kept_in_a_file(tmp_path):
+    learner = mamlpp(resnet12(1, 16, filters=2), 3, inner_steps=2)
+    save_learner(learner, tmp_path / 'r.safetensors')
+    again = load_learner(tmp_path / 'r.safetensors')
+    assert isinstance(again.backbone, ResNet12)
+    assert again.backbone == learner.backbone
+    assert again.backbone.norm_steps == 2
+    xs, ys = images(learner.backbone, 1, 3).float(), torch.arange(3)[None]
+    logits = [m.predict(m.adapt(xs, ys), xs) for m in (learner, again)]
+    assert torch.equal(*logits)
+
+
+# ---- bad input
 @pytest.mark.parametrize(
     'call,words',
     [
@@ -164,6 +352,13 @@ def test_from_module():
         (lambda: conv4(down='avg'), "down='avg'"),
         (lambda: conv4(norm='per_step'), 'norm_steps'),
         (lambda: conv4(size=8), 'size=8.*at least 16'),
+        (lambda: resnet12(size=12), 'size=12.*at least 16'),
+        (lambda: resnet12(norm='per_step'), 'norm_steps'),
+        (lambda: resnet12(filters=0.5), 'filters=0.5: expected a whole number'),
+        (
+            lambda: resnet12()({}, torch.rand(1, 2, 1, 9, 9)),
+            r'\(1, 9, 9\), but the backbone takes \(3, 84, 84\)',
+        ),
         (lambda: init_head(5, 64, 'ones'), "head_init='ones'"),
         (
             lambda: conv4()(conv4().init(torch.Generator()), torch.rand(1, 2, 3, 28, 28)),

@@ -27,6 +27,22 @@ def test_every_learner_by_name(method, tasks):
     assert evaluate(learner.with_norm('support'), tasks.test, 2).transductive is False
 
 
+@pytest.mark.parametrize('method', list(LEARNERS))
+def test_every_learner_on_resnet12(method, tasks):
+    learner = make_learner(method, tasks.train, backbone='resnet12', **SIZES | dict(filters=1))
+    before = {k: v.detach().clone() for k, v in learner.theta.items()}
+    batches = training_batches(learner, tasks.train)
+    fit(learner, batches, 1, 2, progress=False)
+    assert any(not torch.equal(v, before[k]) for k, v in learner.theta.items())
+    assert 0 <= evaluate(learner, tasks.test, 1).mean <= 1
+    assert evaluate(learner.with_norm('support'), tasks.test, 1).transductive is False
+
+
+def test_resnet12_takes_no_way_down(tasks):
+    with pytest.raises(ValueError, match="down='stride': the backbone 'resnet12' takes channels"):
+        make_learner('maml', tasks.train, backbone='resnet12', down='stride')
+
+
 @pytest.mark.parametrize('protocol', SETTINGS)
 def test_a_protocol_is_network_and_head(protocol, tasks):
     a, b = (make_learner('maml', tasks.train, protocol, filters=4, seed=s) for s in (0, 1))
