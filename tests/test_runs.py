@@ -1,5 +1,6 @@
 """The strict runner: real papermill, real kernels."""
 
+import itertools
 import json
 import os
 import shutil
@@ -14,11 +15,17 @@ import pytest
 import torch
 import fewshotmeta
 from conftest import ROOT
+<<<<<<< HEAD
 from fewshotmeta.data.files import read_json
 from fewshotmeta.lab.execution import RESULT_TYPE, RunFailed, report, run_folder
+=======
+from fewshotmeta.data.files import read_json, write_json
+from fewshotmeta.lab.execution import RESULT_TYPE, RunFailed, run_folder
+>>>>>>> 320cb3e1d68ab2b8a7831da67014e9cbf213106c
 from fewshotmeta.lab.locks import RunBusy
 from fewshotmeta.lab.parameters import BadParameters
-from fewshotmeta.lab.provenance import kernels_in_use, package_digest
+from fewshotmeta.lab.provenance import changed_code, digests, kernels_in_use, module_digests
+from fewshotmeta.lab.provenance import package_digest
 from fewshotmeta.lab.runs import run_notebook
 from fewshotmeta.lab.trained import tasks_for
 from fewshotmeta.learners.maml import LEARNERS
@@ -181,20 +188,120 @@ def test_no_kernels_are_loaded_to_be_named(monkeypatch):
     assert 'fewshotmeta.engine.kernels' not in sys.modules
 
 
-def test_c_counts_in_the_digest_to_the_line_and_comments_of_python_do_not(tmp_path, monkeypatch):
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    "`package(**files)` writes a package, whose digests are then taken; its digest."
     monkeypatch.setattr(fewshotmeta, '__file__', str(tmp_path / '__init__.py'))
+    monkeypatch.setenv('FEWSHOTMETA_CACHE', str(tmp_path / 'cache'))
 
-    def digest_with(name, text):
-        (tmp_path / name).write_text(text)
-        package_digest.cache_clear()
+    def write(files):
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+            os.utime(path, ns=(0, next(times)))  # as if a clock had ticked
         return package_digest()
 
-    python = digest_with('room.py', 'x = 1\n')
-    assert digest_with('room.py', '# one\n\nx = 1\n') == python
-    c = digest_with('room.c', '#define N 1\n')
-    assert c != python
-    assert digest_with('room.c', '#define N 2\n') != c
-    package_digest.cache_clear()
+    times = itertools.count(1)
+    return write
+
+
+ROOM = 'data/room.py'
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        '# one\n\nx = 1\ndef f(a):\n    return a\n',
+        '"What."\nx=1  # one\n\n\ndef f(\n    a,  # which\n):\n    "Why."\n    return (a)\n',
+        "__all__ = ['x']\n\n# %% ../nbs/room.ipynb #1234\nx = 1\ndef f(a): return a\n",
+    ],
+    ids=['comments', 'docstrings and blanks', 'what nbdev writes'],
+)
+def test_what_does_not_count_of_python(package, text):
+    assert package({ROOM: text}) == package({ROOM: 'x = 1\ndef f(a):\n    return a\n'})
+
+
+def test_what_counts_of_python(package):
+    texts = ['x = 1', 'x = 2', 'x = 1.0', 'y = 1', "x = '1'", 'x = -1', 'x = None', 'x: int = 1']
+    texts += ['def f(a): pass', 'def f(a, b): pass', 'def f(a=1): pass', 'def f(*, a): pass']
+    texts += ['x = f(a)(b)', 'x = f(a, b)', 'x = a - b', 'x = a + b', "x = f'{a}'", "x = f'{a!r}'"]
+    assert len({package({ROOM: text}) for text in texts}) == len(texts)
+
+
+def test_what_counts_of_c(package):
+    def digest_of(text):
+        return package({'engine/room.c': text})
+
+    whole = digest_of('#include <math.h>\n#define N 1\nint f(int a) { return a - -N; }\n')
+    reads = '#include  <math.h>\n/* one\ntwo */\n#define N 1  // one\nint f(int a)\n{return a- -N;}'
+    assert digest_of(reads) == whole
+    others = [
+        '#include <math.h>\n#define N 2\nint f(int a) { return a - -N; }\n',
+        '#define N 1\nint f(int a) { return a - -N; }\n',
+        '#include <math.h>\n#define N 1\nint f(int a) { return a--N; }\n',
+        '#include <math.h>\n#define N 1\nint f(int a) { return a + -N; }\n',
+    ]
+    assert whole not in map(digest_of, others)
+    assert digest_of('f("/* a */");') != digest_of('f("/* b */");')
+
+
+def test_only_what_a_notebook_passes_through_counts(package):
+    files = {'data/a.py': 'x = 1', 'lab/protocols.py': 'x = 1', 'data/splits.json': '[1]'}
+    whole = package(files)
+    assert package({'lab/reports.py': 'x = 1', 'all.py': 'x = 1', 'data/a.txt': '1'}) == whole
+    changed = {name: module_digests() for name in files if package({name: '2'}) != whole}
+    assert list(changed) == list(files)
+    assert set(module_digests()) == {'data.a', 'lab.protocols', 'data/splits.json'}
+
+
+def test_digests_are_remembered_by_content(package, tmp_path):
+    first = package({ROOM: 'x = 1'})
+    store = read_json(tmp_path / 'cache' / 'code.json')
+    write_json(tmp_path / 'cache' / 'code.json', {key: 'known' for key in store})
+    assert package({ROOM: 'x = 1'}) != first  # not parsed again
+    assert package({ROOM: 'x = 1 '}) == first
+    (tmp_path / 'cache' / 'code.json').write_text('{')
+    assert package({ROOM: 'x = 1'}) == first
+
+
+def test_a_plugin_counts(tmp_path, monkeypatch):
+    "A file beside the notebook or where we are, a module, a package; and one that is not there."
+    nb = notebook(tmp_path / 'nb')
+    monkeypatch.chdir(tmp_path)
+
+    def digest_of(plugin):
+        return digests(nb, dict(plugin=plugin))['plugin']
+
+    def written(path, text):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+    assert 'plugin' not in digests(nb, {}) | digests(nb, dict(plugin=''))
+    gone = digest_of('own.py')
+    written(tmp_path / 'own.py', 'x = 1')
+    written(tmp_path / 'nb' / 'parts.py', '# one\nx = 1')
+    written(tmp_path / 'nb' / 'pieces' / '__init__.py', '')
+    one = digest_of('own.py')
+    assert one == digest_of('parts.py') == digest_of('parts') == digest_of(f'{tmp_path}/own.py')
+    assert gone == digest_of('no.such.module') != one
+    written(tmp_path / 'own.py', 'x = 1 + 1')
+    assert digest_of('own.py') != one
+    before = digest_of('pieces')
+    written(tmp_path / 'nb' / 'pieces' / 'more.py', 'x = 1')
+    assert digest_of('pieces') not in (before, one)
+    assert digest_of('pieces.more') == one
+    assert 'pieces' not in sys.modules
+
+
+def test_what_changed_is_named():
+    then = dict(digest=dict(notebook='1', code='1'), modules=dict(a='1', b='1', c='1'))
+    now = dict(digest=dict(notebook='1', code='2', plugin='1'), modules=dict(a='1', b='2', d='1'))
+    assert changed_code(then, then) == []
+    assert changed_code(then, now) == ['package (b, c, d)', 'plugin']
+    assert changed_code(dict(digest=then['digest']), now) == ['package', 'plugin']
+    older = dict(digest=dict(notebook='1', package='1'))  # as results had it before
+    assert changed_code(older, then) == ['package']
 
 
 # ---- a run that fails

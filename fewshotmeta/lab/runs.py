@@ -17,7 +17,7 @@ from pathlib import Path
 from ..data.files import BadFile, atomic, read_json, write_json
 from .parameters import BadParameters, default_name, merge_parameters, project_folder
 from .parameters import read_parameters, split_name
-from .provenance import digests, package_digest, provenance, timestamp
+from .provenance import digests, provenance, timestamp
 from .locks import RunBusy, failure_record, forget_failure, hold_run
 from .execution import RunFailed, execute_notebook
 
@@ -110,7 +110,6 @@ def _prepare(folder, force):
 # %% ../../nbs/lab/04_runs.ipynb #98010545
 def _carry_out(run, quiet, limit):
     "Execute a run that is ours, and write its result or its failure."
-    package_digest.cache_clear()  # a kernel imports the code of now
     _prepare(run.folder, run.force)
     started, clock = timestamp(), time.perf_counter()
     origin = dict(digest=digests(run.notebook, run.params), **provenance())

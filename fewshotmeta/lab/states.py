@@ -10,13 +10,12 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 from fastcore.basics import patch
 
 from ..data.files import BadFile, locked, read_json
-from .provenance import digests
+from .provenance import changed_code, digests
 from .locks import last_failure, marker, read_marker
 from .execution import format_metric
 from .batches import Planned
@@ -171,19 +170,12 @@ def _judged(p, result):
             other.append(name)
     if other:
         return State('changed', f'the result there has another {", ".join(other)}', result)
-    made = result.get('digest') or {}
-    now = _digests(str(p.notebook), Path(p.notebook).stat().st_mtime_ns)
-    other = [part for part in ('notebook', 'package') if made.get(part) != now[part]]
+    made = dict(digest=result.get('digest') or {})
+    other = changed_code(made, dict(digest=digests(p.notebook, p.params)))
     if other:
         note = f'another version of the {" and the ".join(other)}'
         return State('done, other code', note, result)
     return State('done', '', result)
-
-
-@lru_cache(maxsize=None)
-def _digests(notebook, changed):
-    "Of the notebook, last changed at a time, and of the package."
-    return digests(notebook, {})
 
 # %% ../../nbs/lab/07_states.ipynb #d76a46d7
 MARKS = {
