@@ -15,13 +15,8 @@ import pytest
 import torch
 import fewshotmeta
 from conftest import ROOT
-<<<<<<< HEAD
-from fewshotmeta.data.files import read_json
-from fewshotmeta.lab.execution import RESULT_TYPE, RunFailed, report, run_folder
-=======
 from fewshotmeta.data.files import read_json, write_json
-from fewshotmeta.lab.execution import RESULT_TYPE, RunFailed, run_folder
->>>>>>> 320cb3e1d68ab2b8a7831da67014e9cbf213106c
+from fewshotmeta.lab.execution import RESULT_TYPE, RunFailed, report, run_folder
 from fewshotmeta.lab.locks import RunBusy
 from fewshotmeta.lab.parameters import BadParameters
 from fewshotmeta.lab.provenance import changed_code, digests, kernels_in_use, module_digests
