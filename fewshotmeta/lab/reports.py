@@ -18,7 +18,7 @@ from pathlib import Path
 from ..data.files import BadFile, read_json
 from ..data.checks import did_you_mean
 from .published import MISSING, cell_text, markdown_table, published, reference
-from .batches import SCALES, read_batch
+from .batches import SCALES, read_batch, scales_of
 from .results import all_results, recipe_name
 
 # %% ../../nbs/lab/13_reports.ipynb #61cc34db
@@ -186,13 +186,20 @@ def coverage(
     "Count the runs of batch files at `short`, those wanting, and what `paper` has besides."
     rows = []
     for file in sorted(map(Path, files)):
-        plan, whole = (read_batch(file, scale, runs=runs) for scale in SCALES[1:])
+        plan, whole = (_planned_at(file, scale, runs) for scale in SCALES[1:])
         wanting = [p for p in plan if not (p.folder / 'result.json').is_file()]
         names = ', '.join(dict.fromkeys(map(_planned_name, wanting)))
         more = set(map(_planned_name, whole)) - set(map(_planned_name, plan))
         there = f'{len(plan) - len(wanting)} of {len(plan)}'
         rows.append([file.name, there, names or '–', len(more) or '–'])
     return markdown_table(['batch file', 'run', 'not yet', 'at `paper` only'], rows)
+
+
+def _planned_at(file, scale, runs):
+    "The runs that a batch file has at a scale, without those that they need of other files."
+    if scale not in scales_of(file):
+        return []
+    return [p for p in read_batch(file, scale, runs=runs) if p.asked]
 
 
 def _planned_name(p):
