@@ -182,3 +182,10 @@ def test_a_backbone_remembers_what_made_it():
 def test_names_in_a_file_have_their_owner_in_front():
     tensors = {'theta/a': torch.ones(1), 'm/a': torch.zeros(1)}
     assert under_prefix(tensors, 'theta/') == {'a': torch.ones(1)}
+
+
+def test_others_may_read_a_learner_as_they_may_other_files(tmp_path):
+    save_learner(made('maml'), tmp_path / 'x.safetensors')
+    (tmp_path / 'y').touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1

@@ -103,10 +103,13 @@ def save_tensors(
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     sealed = seal(head | dict(tensors=_digest_of(tensors)))
     with atomic(path) as tmp:
+        tmp.touch()
+        mode = tmp.stat().st_mode  # as of any other file; safetensors would hide it from others
         try:
             save_file(tensors, tmp, metadata={key: json.dumps(sealed)})
         except SafetensorError as e:
             raise as_os_error(e, path) from e
+        tmp.chmod(mode)
 
 # %% ../../nbs/training/01_checkpoints.ipynb #a71d9e04
 def read_tensors(
