@@ -78,7 +78,9 @@ def test_photographs_are_prepared_as_its_training_images_were(trained, tmp_path)
     assert tasks.bank.images.shape == (80, 1, 28, 28)
     assert 0 <= evaluate(learner, tasks, 2).mean <= 1
     learner.card = replace(learner.card, images=replace(learner.card.images, channels=3))
-    words = 'images of 1×28×28 .* but the learner was trained on 3×28'
+    assert tasks_for(learner, 'glyphs').bank.images.shape[1:] == (3, 28, 28)
+    learner.card = replace(learner.card, images=replace(learner.card.images, channels=2))
+    words = 'images of 1×28×28 .* but the learner was trained on 2×28'
     with pytest.raises(ValueError, match=words):
         tasks_for(learner, 'glyphs')
 

@@ -71,6 +71,15 @@ class _Tested:
         return self.result['params'].get('seed')
 
 
+def _without_seeds(result):
+    "The result with the learners that it names as if they were of one seed."
+    params = dict(result['params'])
+    for name in ('learner', 'start'):
+        if params.get(name):
+            params[name] = re.sub(r'_seed\d+$', '', params[name])
+    return result | dict(params=params)
+
+
 def _tested(result, folder, metric, name):
     name = name or f'{result["experiment"]}/{result["run"]}'
     return _Tested(name, result, task_accuracies(folder, metric)[:, -1])
@@ -86,7 +95,8 @@ def _method(name, metric, runs):
         return [_tested(read_json(Path(name) / 'result.json'), name, metric, name)]
     if not found:
         raise ValueError(nothing_matches(runs, name))
-    if other := [k for k in differing_parameters(found) if k not in _MAY_DIFFER]:
+    alike = [_without_seeds(r) for r in found]
+    if other := [k for k in differing_parameters(alike) if k not in _MAY_DIFFER]:
         way = 'a pattern stands for the seeds of one method'
         raise ValueError(f'the runs of {name} differ in {_listed(other)}: {way}')
     seeds = [r['params'].get('seed') for r in found]

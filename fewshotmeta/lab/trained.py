@@ -95,9 +95,10 @@ def tasks_for(
     if learner and like is None:
         raise ValueError('this learner does not say how its images were prepared: train it by fit')
     protocol = protocol or (learner and learner.card.protocol) or 'antoniou2018'
-    bank = split_bank(data, part, protocol, device, **_pixels(like, data))
+    bank = split_bank(data, part, protocol, **_pixels(like, data))
     if bank is None:
         raise ValueError(f'{data} has no {part} classes under protocol={protocol!r}: part=test')
+    bank = _in_colour(bank) if like and like.channels == 3 else bank
     looks = dict(mean=like.mean, std=like.std) if like else looks_of(bank, protocol)
     channels, size = bank.images.shape[1:3]
     if like and (channels, size) != (like.channels, like.size):
@@ -105,15 +106,24 @@ def tasks_for(
             f'data={data!r}: images of {channels}×{size}×{size} under protocol={protocol!r}, but '
             f'the learner was trained on {like}: choose other data or another protocol'
         )
+    bank = bank if device == 'cpu' else bank.to(device)
     return EpisodeSampler(bank, n_way, k_shot, n_query, **looks)
 
-
+# %% ../../nbs/lab/18_trained.ipynb #c0108e55
 def _pixels(like, data):
     "Size and channels to ask of data for, where the papers do not fix them."
     if not like or DATASETS.notes.get(data, {}).get('fixed'):
         return {}
     own = {} if data in DATASETS else dict(channels=like.channels)
     return dict(size=like.size) | own
+
+
+def _in_colour(bank):
+    "The same images with three equal channels, if they are grey."
+    if bank.images.shape[1] != 1:
+        return bank
+    facts = bank.start, bank.count, bank.classes, bank.family, bank.name
+    return ImageBank(bank.images.repeat(1, 3, 1, 1), *facts, reading=bank.reading)
 
 # %% ../../nbs/lab/18_trained.ipynb #2b8e4cc9
 def check_combination(
