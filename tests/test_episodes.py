@@ -289,6 +289,17 @@ def test_what_is_made_by_hand_fits_together_too(noise_bank):
         Episodes(xs, ys, xq, yq, (('a', 'b', 'c', 'd', 'e'),))
 
 
+def test_no_value_is_looked_at_where_episodes_are_made(noise_bank):
+    "Tensors of the device `meta` have none: whoever asks for one is told so."
+    ep = Episodes(*(t.to('meta') for t in sampler(noise_bank)[0:4]))
+    assert ep[1:3].xs.shape[0] == 2
+    learner = to_dtype(MAML(conv4(1, 16, filters=4), 5), torch.float32, 'meta')
+    learner.ways = 5  # as in a recorded graph
+    assert learner.meta_loss(ep).loss.shape == (4,)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        Episodes.of(*ep)
+
+
 def test_a_learner_looks_at_what_it_is_given_by_hand(noise_bank):
     learner = MAML(conv4(1, 16, filters=4), 5)
     xs, ys, xq, yq = sampler(noise_bank)[0:2]
