@@ -13,6 +13,7 @@ from fewshotmeta.lab.provenance import device_name, provenance
 ROOT = Path(__file__).parent.parent
 TESTS = (
     'test_reliability.py',
+    'test_again.py',
     'test_batches.py',
     'test_slurm.py',
     'test_properties.py',

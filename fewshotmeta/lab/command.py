@@ -29,7 +29,7 @@ from .parameters import read_parameters, runs_folder
 from .provenance import device_name, provenance, version_of
 from .locks import RunBusy, marker
 from .execution import RunFailed, format_metric
-from .runs import run_notebook
+from .runs import begun_by, folder_anew, run_notebook
 from .batches import Planned, read_batch
 from .states import State, View, describe_state, headline, state_of, summary
 from .slurm import slurm_queue
@@ -53,8 +53,10 @@ def _subcommand(subcommands, name, action, help):
 def _add_execution(parser):
     "Add what `run` and `batch` have in common."
     parser.add_argument('--runs', help=_RUNS)
-    again = 'run again what is finished, from the start (default: leave it alone)'
+    again = 'make again what is finished, which stays until then (default: leave it alone)'
     parser.add_argument('--force', action='store_true', help=again)
+    changes = 'continue what other code has begun, and name both (default: leave it alone)'
+    parser.add_argument('--accept-changes', action='store_true', help=changes)
     stop = 'stop a run that takes longer (default: 0, no limit)'
     parser.add_argument('--limit', type=float, default=0, metavar='MINUTES', help=stop)
 
@@ -75,7 +77,8 @@ def _run(args):
     notebook = experiment_file(args.notebook)
     given = _given(args, notebook)
     _check_combination(notebook, given)
-    result = run_notebook(notebook, given, args.name, args.runs, args.force, limit=args.limit)
+    how = dict(force=args.force, limit=args.limit, accept_changes=args.accept_changes)
+    result = run_notebook(notebook, given, args.name, args.runs, **how)
     if not int(os.environ.get('RANK', 0)):  # under torchrun the first rank speaks
         _say_result(result, Path(args.runs or runs_folder(notebook)))
         _say_next(result, given, args)
@@ -119,7 +122,8 @@ def _say_result(result, runs):
     print(f'\n  executed notebook  {folder}/notebook.ipynb')
     print(f'  result             {folder}/result.json')
     if already:
-        print('  --force runs it again')
+        begun = begun_by(folder_anew(runs, result['experiment'], result['run'])) is not None
+        print(f'  --force {"continues to make" if begun else "makes"} it again')
 
 
 def _say_next(result, given, args):
@@ -196,21 +200,27 @@ def _add_batch(subcommands):
     _add_execution(batch)
 
 # %% ../../nbs/lab/20_command.ipynb #2e349fca
+_CONTINUES = '--accept-changes continues it by this code, --only {} --force begins it anew'
+
+
 def _batch(args):
     planned = read_batch(args.file, args.scale, args.only, args.runs)
     for p in planned:
         _check_combination(p.notebook, p.given, f'{p.name}: ')
     gpus, slurm = tuple(_numbers(args.gpus)), _pairs(args.slurm)
-    options = Options(args.jobs, gpus, args.executor, args.force, args.stale, args.limit, slurm)
+    how = dict(force=args.force, stale=args.stale, accept_changes=args.accept_changes)
+    how |= dict(executor=args.executor, limit=args.limit, slurm=slurm)
+    options = Options(args.jobs, gpus, **how)
     if args.dry_run:
         return _dry_run(planned, options)
     states = run_batch(planned, options, View())
     failed = {p: state for p, state in states.items() if not state.done}
     for p, state in failed.items():
-        advice = dict(
-            failed=f'\n{os.path.relpath(p.folder)}/failed.json has the traceback',
-            changed='\n--force replaces it',
-        )
+        advice = {
+            'failed': f'\n{os.path.relpath(p.folder)}/failed.json has the traceback',
+            'changed': '\n--force replaces it',
+            'stopped, other code': f'\n{_CONTINUES.format(p.slug)}',
+        }
         print(f'\n{p.name}: {state.kind}. {state.note}{advice.get(state.kind, "")}')
     print(f'\n{summary(states)}')
     return 1 if failed else 0
@@ -586,7 +596,9 @@ def main(
     except (RunFailed, RunBusy, OSError) as e:
         return _said(e, 1)
     except KeyboardInterrupt:
-        way = 'the same command (without --force) continues from the checkpoint'
+        way = 'the same command continues from the checkpoint'
+        if getattr(args, 'force', False):
+            way += ', without --force the result from before stands'
         return _said(f'interrupted; {way}', 130)
 
 

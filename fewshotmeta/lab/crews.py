@@ -44,7 +44,7 @@ class Crew:
         "Whether a run still has to be made, or watched."
         if p.asked and (self.options.force or self.options.stale and s.done):
             return self.wanted_again(s)
-        return s.to_be_made(self.since)
+        return s.to_be_made(self.since, self.options.accept_changes)
 
     def queue(self) -> dict | None:
         "Ask the cluster's queue: there is none."
@@ -77,8 +77,9 @@ def write_orders(
         if p.asked and (options.force or options.stale and state_of(p).done):
             again.append(p.name)
         rows.append(row_of(p))
-    orders = dict(runs=rows, again=again, since=self.since, began=self.began)
+    orders = dict(runs=rows, again=again, since=self.since)
     orders |= dict(limit=options.limit, executor=options.executor, batch=os.getpid())
+    orders |= dict(accept_changes=options.accept_changes)
     file = self.folder / f'orders{len(self.jobs)}.json'
     write_json(file, orders | more)
     return file
@@ -207,7 +208,7 @@ def bury(self: LocalCrew, states: dict) -> None:
     "Count whom a dead worker left behind; give up a run that took three with it."
     for p, s in states.items():
         since = s.who.get('since', 0)
-        if not (s.stopped and _is_here(s) and since >= self.began):
+        if s.taken or not _is_here(s) or since < self.began:
             continue
         if (p, since) in self.deaths:
             continue

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..data.files import BadFile, atomic, read_json
 from ..data.checks import did_you_mean
 from .execution import format_metric
+from .runs import settle_run
 
 # %% ../../nbs/lab/12_results.ipynb #553617d9
 def all_results(
@@ -22,6 +23,8 @@ def all_results(
     only: str = '*',  # a pattern for `experiment/run`
 ) -> tuple[list, list]:  # results, and what is wrong with the files that are none
     "Read every whole result under a folder, sorted by name."
+    for path in Path(runs).glob('.new/*/*/result.json'):
+        settle_run(runs, *path.parts[-3:-1])
     whole, bad = [], []
     for path in sorted(Path(runs).glob('*/*/result.json')):
         if not fnmatch.fnmatch(f'{path.parent.parent.name}/{path.parent.name}', only):

@@ -163,7 +163,8 @@ def explain(self: SlurmCrew, states: dict) -> None:
     for p, job in self.job_of.items():
         if p in self.gone or queue is None or job in queue:
             continue
-        if states[p].kind not in ('stopped', 'waiting'):
+        s = states[p]
+        if s.taken or not (s.stopped or s.kind == 'waiting' or self.wanted_again(s)):
             continue
         self.gone.add(p)
         command = ['scontrol', 'show', 'job', '-o', job]

@@ -9,7 +9,7 @@ __all__ = ['MARKS', 'State', 'state_of', 'describe_state', 'headline', 'summary'
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -18,6 +18,7 @@ from ..data.files import BadFile, locked, read_json
 from .provenance import changed_code, digests
 from .locks import last_failure, marker, read_marker
 from .execution import format_metric
+from .runs import begun_by, changed_since_begun, folder_anew, settle_run
 from .batches import Planned
 
 # %% ../../nbs/lab/07_states.ipynb #29cf45ab
@@ -79,6 +80,12 @@ def stopped(self: State) -> bool:
     "Whether it was begun, and nobody executes it."
     return self.kind == 'stopped'
 
+
+@patch(as_prop=True)
+def blocked(self: State) -> bool:
+    "Whether it was begun by other code, and does not continue unless that is asked for."
+    return self.kind == 'stopped, other code'
+
 # %% ../../nbs/lab/07_states.ipynb #360d9e3c
 @patch(as_prop=True)
 def when(self: State) -> str:
@@ -90,9 +97,10 @@ def when(self: State) -> str:
 def to_be_made(
     self: State,
     since: str = '',  # a failure at or after this time counts; none: every failure is tried again
+    accept_changes: bool = False,  # whether what other code has begun continues
 ) -> bool:
     "Whether it is still to be executed: not done, not another run's, and not failed in this batch."
-    if self.done or self.changed:
+    if self.done or self.changed or self.blocked and not accept_changes:
         return False
     return not (since and self.failed and self.when >= since)
 
@@ -102,20 +110,40 @@ def state_of(
     queue: dict | None = None,  # of the cluster: job to its state
 ) -> State:
     "Say how a run stands, from what lies in the folder of runs."
+    settle_run(p.runs, p.experiment, p.slug)
     who = read_marker(p.runs, p.experiment, p.slug)
-    progress = _read(p.folder / '.progress.json')
+    again = folder_anew(p.runs, p.experiment, p.slug)
     failure = last_failure(p.runs, p.experiment, p.slug)
-    result = None
+    result, progress = None, _read(p.folder / '.progress.json')
     try:
         result = read_json(p.folder / 'result.json')
+        progress = _read(again / '.progress.json')
     except (FileNotFoundError, NotADirectoryError):
         pass
     except BadFile as e:
-        return State('broken', str(e), progress=progress)
-    if result is not None and not (failure and failure['when'] > result['finished']):
-        return _judged(p, result)
+        if not (who and _held(p)):
+            return State('broken', str(e), progress=progress)
+    failed = failure and (result is None or failure['when'] > result['finished'])
+    if result is not None and not failed and not (who and _held(p)):
+        return _with_begun(_judged(p, result), again, progress, who)
     kind, note = _without_result(p, queue or {}, failure, bool(who), progress)
     return State(kind, note, failure if kind == 'failed' else {}, progress, who)
+
+
+def _with_begun(state, again, progress, who):
+    "The state of a run that has a result, with what is known of one that shall replace it."
+    if begun_by(again) is None:
+        return replace(state, who=who)
+    reached = _reached(progress)
+    note = f'made again {f"up to {reached}" if reached else "in part"}: --force continues'
+    return replace(state, note='; '.join(filter(None, [state.note, note])), who=who)
+
+
+def _reached(progress):
+    "How far a training is, in words; empty if it is not known."
+    if 'iteration' not in progress:
+        return ''
+    return f'iteration {progress["iteration"]:,} of {progress["iterations"]:,}'
 
 # %% ../../nbs/lab/07_states.ipynb #4ea5d862
 def _without_result(p, queue, failure, begun, progress):
@@ -128,16 +156,18 @@ def _without_result(p, queue, failure, begun, progress):
         return 'running', ''
     if in_queue:
         return 'running', f'job {job}'
+    reached = _reached(progress)
+    if changed := changed_since_begun(p.folder, p.notebook, p.params):
+        words = f'begun by another version of the {changed}'
+        return 'stopped, other code', f'at {reached}, {words}' if reached else words
     if failure:
         first = (failure['error'].splitlines() or [''])[0]
         return 'failed', f'{failure["kind"]}: {first}'
-    note = ''
-    if 'iteration' in progress:
-        note = f'at iteration {progress["iteration"]:,} of {progress["iterations"]:,}'
     begun = begun or (p.folder / 'checkpoint.safetensors').exists()
+    note = f'at {reached}' if reached else ''
     return ('stopped' if begun else 'waiting'), note
 
-
+# %% ../../nbs/lab/07_states.ipynb #8a3b61ce
 def _read(path):
     "A JSON file; empty if there is none, or half of one."
     try:
@@ -170,10 +200,13 @@ def _judged(p, result):
             other.append(name)
     if other:
         return State('changed', f'the result there has another {", ".join(other)}', result)
-    made = dict(digest=result.get('digest') or {})
-    other = changed_code(made, dict(digest=digests(p.notebook, p.params)))
+    now = dict(digest=digests(p.notebook, p.params))
+    later, other = result.get('resumed_with', []), {}
+    for made in result, *later:
+        other |= dict.fromkeys(changed_code(dict(digest=made.get('digest') or {}), now))
     if other:
-        note = f'another version of the {" and the ".join(other)}'
+        part = 'in part ' if later else ''
+        note = f'{part}another version of the {" and the ".join(other)}'
         return State('done, other code', note, result)
     return State('done', '', result)
 
@@ -185,6 +218,7 @@ MARKS = {
     'failed': '✗',
     'changed': '!',
     'broken': '!',
+    'stopped, other code': '!',
 }
 
 
@@ -319,13 +353,18 @@ def draw(self: View, states: dict):
     width, height = shutil.get_terminal_size()
     shown = states
     if len(states) > height - 3:
-        shown = {p: s for p, s in states.items() if s.running or s.failed or s.changed}
+        shown = {p: s for p, s in states.items() if _is_told(s)}
     rows = [*_table(shown, width - 1), summary(states)[: width - 1]]
     if len(states) > height - 3:
         rows = rows[: height - 3] + rows[-1:]
     up = f'\x1b[{self.height}A' if self.height else ''
     self.out.write(up + ''.join(f'\x1b[2K{row}\n' for row in rows) + '\x1b[J')
     self.height = len(rows)
+
+
+def _is_told(s):
+    "Whether a run has its line on a small terminal."
+    return s.running or s.failed or s.changed or s.blocked
 
 
 @patch

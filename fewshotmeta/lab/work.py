@@ -20,7 +20,7 @@ from ..data.files import read_json, write_json
 from .provenance import timestamp
 from .locks import RunBusy, marker
 from .execution import RunFailed
-from .runs import run_notebook
+from .runs import CodeChanged, run_notebook
 from .batches import Planned
 from .states import state_of
 
@@ -116,7 +116,7 @@ def is_wanted(
     s = state_of(p)
     if p.name in orders['again']:
         return s.when < orders['since']
-    return s.to_be_made(orders['since'])
+    return s.to_be_made(orders['since'], orders['accept_changes'])
 
 # %% ../../nbs/lab/08_work.ipynb #20a9f564
 @patch
@@ -127,22 +127,26 @@ def execute(
 ) -> bool:  # whether it was ours to execute
     "Execute a run, and record what goes wrong."
     print(f'{timestamp()} {p.name}', flush=True)
-    job = _job()
+    job, again = _job(), p.name in orders['again']
     try:
-        if state_of(p).broken:
+        if state_of(p).broken and not again:
             (p.folder / 'result.json').unlink(missing_ok=True)
         run_notebook(
             p.notebook,
             p.given,
             p.name,
             p.runs,
-            force=p.name in orders['again'] and not _begun_since(p, orders['began']),
+            force=again,
             quiet=True,
             limit=orders['limit'],
             since=orders['since'],
             note=dict(job=job) if job else {},
+            accept_changes=orders['accept_changes'],
         )
     except RunBusy:
+        return False
+    except CodeChanged as e:  # its state says so
+        print(f'{p.name}: {e}', file=sys.stderr)
         return False
     except RunFailed as e:  # the runner has recorded it
         print(f'{p.name}: {e}', file=sys.stderr)
@@ -152,14 +156,6 @@ def execute(
     return True
 
 # %% ../../nbs/lab/08_work.ipynb #13f54f45
-def _begun_since(p, began):
-    "Whether a run that is made anew was begun already by this batch: then it continues."
-    checkpoint = p.folder / 'checkpoint.safetensors'
-    if not checkpoint.exists() or (p.folder / 'result.json').exists():
-        return False
-    return checkpoint.stat().st_mtime >= began
-
-
 def _job():
     "The job of Slurm that this process belongs to, as its queue names it; none elsewhere."
     if array := os.environ.get('SLURM_ARRAY_JOB_ID'):

@@ -26,9 +26,10 @@ class Options:
     jobs: int = 0  # runs at a time; 0: one for each GPU, or one
     gpus: tuple = ()  # numbers of the GPUs, each run gets one; none: as the machine has it
     executor: str = 'local'  # or 'slurm'
-    force: bool = False  # run again what is finished
+    force: bool = False  # make again what is finished
     stale: bool = False  # run again what was finished by other code
     limit: float = 0  # minutes that a run may take; 0: no limit
+    accept_changes: bool = False  # continue what other code has begun
     slurm: dict = field(default_factory=dict)  # for sbatch, in submitit's names: time (minutes), …
 
     def __post_init__(self):
@@ -48,6 +49,7 @@ class Options:
 _REASONS = {
     'waiting': 'new',
     'stopped': 'continues',
+    'stopped, other code': 'continues, by other code',
     'failed': 'tries again',
     'broken': 'made again',
     'running': 'watched',
@@ -68,7 +70,7 @@ def todo(
             why[p] = 'again'
         elif s.stale and options.stale and p.asked:
             why[p] = f'again: {s.note}'
-        elif s.to_be_made():
+        elif s.to_be_made(accept_changes=options.accept_changes):
             why[p] = _REASONS[s.kind]
     return why
 

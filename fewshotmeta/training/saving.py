@@ -191,7 +191,8 @@ def _file_of(source):
     places = [Path.cwd(), *Path.cwd().parents]
     folders = [folder / 'runs' for folder in places if (folder / 'runs').is_dir()]
     if here := os.environ.get('FEWSHOTMETA_RUN'):
-        folders.insert(0, Path(here).parent.parent)
+        runs = Path(here).parents[1]
+        folders.insert(0, runs.parent if runs.name == '.new' else runs)  # of a run made again
     for file in (path, *(folder / path for folder in folders)):
         if (file / 'learner.safetensors').is_file():
             return file / 'learner.safetensors'

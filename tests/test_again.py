@@ -1,0 +1,463 @@
+"""Runs that are made again, and runs that other code has begun: nothing finished is lost."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import pytest
+import fewshotmeta.lab.runs as runs_room
+from conftest import full
+from fewshotmeta.data.files import locked, read_json, write_json
+from fewshotmeta.lab.batches import Planned
+from fewshotmeta.lab.command import main
+from fewshotmeta.lab.execution import RunFailed
+from fewshotmeta.lab.locks import hold_run, marker
+from fewshotmeta.lab.results import all_results
+from fewshotmeta.lab.runs import CodeChanged, begun_by, changed_since_begun, folder_anew, settle_run
+from fewshotmeta.lab.states import describe_state, state_of
+from fewshotmeta.lab.work import Work, row_of
+from fewshotmeta.lab.workers import Options, todo
+from fewshotmeta.training.saving import BadLearner, load_learner
+from tiny import files, folder_of, notebook, run, run_here
+
+PLACE = 'demo', 'one'
+PARAMETERS = 'x = 2\nplugin = ""\nstop = False  # after the checkpoint\nscale = "smoke"'
+# a training of a hundred iterations that can be stopped in its middle, and says where it began
+TRAINING = '''import json
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from fewshotmeta.data.files import write_json
+from fewshotmeta.lab.execution import report, run_folder
+file, first = run_folder() / 'checkpoint.safetensors', 0
+if file.exists():
+    with safe_open(file, 'numpy') as opened:
+        first = json.loads(opened.metadata()['run'])['iteration']
+if not first:
+    save_file({'a': np.zeros(1)}, file, metadata=dict(run=json.dumps(dict(iteration=50))))
+    write_json(run_folder() / '.progress.json', dict(iteration=50, iterations=100))
+    if stop:
+        raise KeyboardInterrupt
+'''
+REPORT = '''report(square=x * x, first=first)
+for name in ('metrics.csv', 'learner.safetensors'):
+    run_folder().joinpath(name).write_text(str(x))
+if x == 2:
+    run_folder().joinpath('tasks.csv').write_text(str(x))
+'''
+CELLS = TRAINING, REPORT
+OTHER = TRAINING, REPORT + 'y = 1'
+
+
+def execute_here(notebook, folder, params, quiet=False, limit=0, run=None):
+    "What `execute_notebook` does, in this process, where an interrupt is one of the notebook's."
+    try:
+        result = run_here(notebook, params, folder)
+    except Exception as e:
+        (folder / 'failed.ipynb').write_text(str(e))
+        message = f'{notebook.name} raised {e!r}, see {folder}/failed.ipynb'
+        raise RunFailed(message, 'raised', 'Traceback') from e
+    (folder / 'notebook.ipynb').write_text(str(params.get('x', 2)))
+    return result
+
+
+@pytest.fixture(autouse=True)
+def no_kernels(monkeypatch):
+    monkeypatch.setattr(runs_room, 'execute_notebook', execute_here)
+
+
+def stopped(nb, **options):
+    "Begin a run and stop it in its middle."
+    given = options.pop('given', {})
+    with pytest.raises(KeyboardInterrupt):
+        run(nb, given | dict(stop=True), **options)
+
+
+def anew(nb):
+    return folder_anew(nb.parent / 'runs', *PLACE)
+
+
+def state(nb, **given):
+    "How a run stands, as a batch asks."
+    params = dict(x=2, plugin='', stop=False, scale='smoke') | given
+    return state_of(Planned(*PLACE, nb, given, params, nb.parent / 'runs'))
+
+
+WHOLE = ['checkpoint.safetensors', 'learner.safetensors', 'metrics.csv', 'notebook.ipynb']
+WHOLE += ['result.json']
+
+
+def contents(nb):
+    "Which value of `x` each file of a finished run has; all have the same."
+    folder = folder_of(nb)
+    found = {name: (folder / name).read_text() for name in files(nb) if name.endswith('.csv')}
+    found['notebook'] = (folder / 'notebook.ipynb').read_text()
+    found['learner'] = (folder / 'learner.safetensors').read_text()
+    return found | dict(result=str(read_json(folder / 'result.json')['params']['x']))
+
+
+OLD = {k: '2' for k in ('metrics.csv', 'tasks.csv', 'notebook', 'learner', 'result')}
+NEW = {k: '3' for k in ('metrics.csv', 'notebook', 'learner', 'result')}
+
+
+# ---- made again
+@pytest.fixture
+def finished(tmp_path):
+    "A run that is finished; its notebook."
+    nb = notebook(tmp_path, PARAMETERS, *CELLS)
+    run(nb)
+    assert files(nb) == sorted([*WHOLE, 'tasks.csv'])
+    assert contents(nb) == OLD
+    return nb
+
+
+def test_a_run_that_is_made_again_is_replaced_whole(finished):
+    "Every file: what the new run does not have is gone, what is the user's own stays."
+    (folder_of(finished) / 'notes.txt').write_text('mine')
+    assert run(finished, dict(x=3), force=True)['metrics']['first']['mean'] == 0
+    assert contents(finished) == NEW
+    assert files(finished) == sorted([*WHOLE, 'notes.txt'])
+    assert not anew(finished).exists()
+    assert state(finished, x=3).kind == 'done'
+
+
+def test_one_that_fails_leaves_the_old_one(finished):
+    notebook(finished.parent, PARAMETERS, TRAINING, 'raise KeyError("gone")', REPORT)
+    with pytest.raises(RunFailed, match='gone') as failed:
+        run(finished, dict(x=3), force=True)
+    folder = folder_of(finished)
+    assert contents(finished) == OLD
+    assert f'see {folder}/failed.ipynb' in str(failed.value)
+    assert 'gone' in (folder / 'failed.ipynb').read_text()
+    assert read_json(folder / 'failed.json')['error'] == str(failed.value)
+    assert state(finished).kind == 'failed'
+    assert [r['params']['x'] for r in all_results(finished.parent / 'runs')[0]] == [2]
+    run(finished)  # there is a result
+    assert state(finished).kind == 'done, other code'
+
+
+def test_an_interrupted_one_continues_by_the_same_command(finished, capsys):
+    "And without `force` the old result stands, and what was begun is told."
+    stopped(finished, force=True)
+    assert contents(finished) == OLD
+    assert run(finished)['already']
+    s = state(finished)
+    assert (s.kind, s.to_be_made()) == ('done', False)
+    assert s.note == 'made again up to iteration 50 of 100: --force continues'
+    asked = ['run', str(finished), '--name', 'demo/one', '--runs', str(finished.parent / 'runs')]
+    assert main(asked) == 0
+    assert '--force continues to make it again' in capsys.readouterr().out
+    assert main([*asked, '--force', '-p', 'stop=True']) == 0
+    assert read_json(folder_of(finished) / 'result.json')['metrics']['first']['mean'] == 50
+    assert state(finished, stop=True).note == ''
+    assert main([*asked, '-p', 'stop=True']) == 0
+    assert '--force makes it again' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('what', ['parameters', 'code', 'accepted'])
+def test_an_interrupted_one_continues_what_is_the_same(finished, what):
+    stopped(finished, force=True)
+    given = dict(x=3) if what == 'parameters' else {}
+    if what != 'parameters':
+        notebook(finished.parent, PARAMETERS, *OTHER)
+    accept = what == 'accepted'
+    result = run(finished, given | dict(stop=accept), force=True, accept_changes=accept)
+    assert result['metrics']['first']['mean'] == (50 if accept else 0)
+    assert ('resumed_with' in result) == accept
+
+
+def test_what_has_no_result_is_begun_anew_and_then_continues(tmp_path):
+    "With `force` a run without a result is executed in its folder."
+    nb = notebook(tmp_path, PARAMETERS, *CELLS)
+    stopped(nb)
+    stopped(nb, force=True)  # begun anew: it would not stop at 50 a second time
+    assert not anew(nb).exists()
+    result = run(nb, dict(stop=True), force=True)
+    assert result['metrics']['first']['mean'] == 50
+    assert 'resumed_with' not in result
+
+
+def test_one_that_is_being_made_again_is_running(finished):
+    stopped(finished, force=True)
+    place = finished.parent / 'runs', *PLACE
+    with hold_run(*place, {}):
+        pid = os.fork()  # another process: the lock is our own here
+        if not pid:
+            os._exit(0 if state(finished).kind == 'running' else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+    assert state(finished).done
+
+
+def test_nothing_of_it_counts_as_a_run(finished):
+    stopped(finished, force=True)
+    runs = finished.parent / 'runs'
+    write_json(anew(finished) / '.files.json', dict(names=[]))
+    (anew(finished) / 'result.json').write_text('{')
+    assert [r['run'] for r in all_results(runs)[0]] == ['one']
+    assert all_results(runs)[1] == []
+    assert list(runs.glob('*/*/result.json')) == [folder_of(finished) / 'result.json']
+    assert run(finished, dict(stop=True), force=True)['metrics']['first']['mean'] == 50
+
+
+def test_one_finds_the_learners_of_other_runs(finished, monkeypatch):
+    "By their names, in its own folder of runs."
+    stopped(finished, force=True)
+    monkeypatch.setenv('FEWSHOTMETA_RUN', str(anew(finished)))
+    monkeypatch.chdir(finished.parent.parent)
+    with pytest.raises(BadLearner, match=str(folder_of(finished) / 'learner.safetensors')):
+        load_learner('demo/one')
+    with pytest.raises(FileNotFoundError, match=f'in {finished.parent}/runs.*: demo/one$'):
+        load_learner('demo/two')
+
+
+# ---- killed while it is replaced
+WRITES = 'os.rename', 'os.remove', 'os.rmdir', 'os.mkdir', 'shutil.rmtree'
+
+
+def kill_at(number, runs):
+    "Kill this process before it changes anything under `runs` for the n-th time."
+    seen = []
+
+    def look(event, args):
+        changes = event in WRITES
+        if event == 'open' and isinstance(args[2], int):
+            changes = args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if changes and str(args[0]).startswith(str(runs)):
+            seen.append(event)
+            if len(seen) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
+
+
+def killed(nb, number):
+    "Make a run again in a child that is killed at its n-th write; whether it was."
+    pid = os.fork()
+    if not pid:
+        kill_at(number, nb.parent / 'runs')
+        run(nb, dict(x=3), force=True)
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+
+def test_killed_at_every_write(finished, tmp_path, record):
+    """The old run or the new one, whole, whoever looks; and the same command makes the new one.
+
+    Every third write, unless it runs at full length.
+    """
+    kept, number, seen = tmp_path / 'kept', 0, []
+    shutil.copytree(tmp_path / 'runs', kept)
+    looks = [lambda: state(finished), lambda: run(finished, dict(x=2)), all_of(finished)]
+    while True:
+        number += 1 if full() else 3
+        shutil.rmtree(tmp_path / 'runs')
+        shutil.copytree(kept, tmp_path / 'runs')
+        if not killed(finished, number):
+            break
+        read_json(folder_of(finished) / 'result.json')  # at any moment there is a whole one
+        try:
+            looks[len(seen) % 3]()
+        except ValueError as e:
+            assert 'another x' in str(e)  # the new one is there, and was not asked for
+        found = contents(finished)
+        assert found in (OLD, NEW), number
+        seen.append(found == NEW)
+        run(finished, dict(x=3), force=True)
+        assert contents(finished) == NEW
+        assert not anew(finished).exists()
+    assert seen == sorted(seen)
+    old, new = seen.count(False), seen.count(True)
+    assert min(old, new) >= (6 if full() else 2)
+    what = 'killed at every write while a finished run is made again: old or new, whole'
+    record(what, kills=old + new, old=old, new=new)
+
+
+def all_of(nb):
+    return lambda: all_results(nb.parent / 'runs')
+
+
+def test_who_looks_does_not_disturb_who_replaces(finished, tmp_path):
+    shutil.copytree(folder_of(finished), anew(finished))
+    write_json(anew(finished) / '.files.json', dict(names=['notebook.ipynb']))
+    with locked(marker(tmp_path / 'runs', *PLACE, 'lock')):
+        settle_run(tmp_path / 'runs', *PLACE)
+        assert (anew(finished) / 'result.json').exists()
+    settle_run(tmp_path / 'runs', *PLACE)
+    assert files(finished) == ['notebook.ipynb', 'result.json']
+
+
+# ---- other code
+@pytest.fixture
+def interrupted(tmp_path):
+    "A run that stopped at iteration 50; its notebook."
+    nb = notebook(tmp_path, PARAMETERS, *CELLS)
+    stopped(nb)
+    assert state(nb).kind == 'stopped'
+    return nb
+
+
+def go_on(nb, **options):
+    return run(nb, dict(stop=True), **options)
+
+
+def test_the_same_code_continues(interrupted):
+    folder = folder_of(interrupted)
+    assert changed_since_begun(folder, interrupted, {}) == ''
+    result = go_on(interrupted)
+    assert result['metrics']['first']['mean'] == 50
+    assert 'resumed_with' not in result
+    assert '.origin.json' not in files(interrupted)
+
+
+def test_other_code_is_refused_with_the_ways_out(interrupted):
+    origin = begun_by(folder_of(interrupted))
+    notebook(interrupted.parent, PARAMETERS, *OTHER)
+    origin['modules']['data.banks'], origin['digest']['code'] = 'other', 'other'
+    write_json(folder_of(interrupted) / '.origin.json', origin)
+    write_json(folder_of(interrupted) / 'failed.json', dict(kind='killed', error='', when='2026'))
+    with pytest.raises(CodeChanged) as refused:
+        go_on(interrupted)
+    said = str(refused.value)
+    assert 'demo/one was begun by other code: since then the notebook and the package' in said
+    assert '(data.banks) changed' in said
+    for way in (f'Go back to commit {origin["commit"][:10]}', '--accept-changes', '--force'):
+        assert way in said
+    assert (folder_of(interrupted) / 'failed.json').exists()
+    assert not (folder_of(interrupted) / 'result.json').exists()
+
+
+@pytest.mark.parametrize('edit,part', [('x = 1 + 1', 'plugin'), ('# one\nx=1', '')])
+def test_a_plugin_s_code_counts(tmp_path, monkeypatch, edit, part):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'own.py').write_text('x = 1')
+    nb, given = notebook(tmp_path, PARAMETERS, *CELLS), dict(plugin='own.py')
+    stopped(nb, given=given)
+    (tmp_path / 'own.py').write_text(edit)
+    if part:
+        with pytest.raises(CodeChanged, match=f'since then the {part} changed'):
+            run(nb, given | dict(stop=True))
+    else:
+        assert run(nb, given | dict(stop=True))['metrics']['first']['mean'] == 50
+
+
+def test_accepted_changes_are_in_the_result(interrupted):
+    "And what was accepted once continues without a word, but is never taken for one code's."
+    before = begun_by(folder_of(interrupted))['digest']
+    notebook(interrupted.parent, PARAMETERS, TRAINING.replace('not first', 'True'), REPORT)
+    stopped(interrupted, accept_changes=True)
+    assert state(interrupted).kind == 'stopped'
+    notebook(interrupted.parent, PARAMETERS, TRAINING.replace('not first', 'True'), REPORT)
+    result = run(interrupted)
+    (later,) = result['resumed_with']
+    assert result['digest'] == before
+    assert later['digest']['notebook'] != before['notebook']
+    assert later['digest']['code'] == before['code']
+    assert later['iteration'] == 50
+    assert later['when'] < result['finished']
+    assert set(later) == {'iteration', 'when', 'digest', 'versions', 'commit', 'dirty'}
+    assert 'modules' not in result
+    s = state(interrupted)
+    assert (s.kind, s.note) == ('done, other code', 'in part another version of the notebook')
+    notebook(interrupted.parent, PARAMETERS, *CELLS)  # as it was begun
+    assert state(interrupted).kind == 'done, other code'
+
+
+def test_force_begins_anew(interrupted):
+    notebook(interrupted.parent, PARAMETERS, *OTHER)
+    result = run(interrupted, force=True)
+    assert result['metrics']['first']['mean'] == 0
+    assert 'resumed_with' not in result
+    assert state(interrupted).kind == 'done'
+
+
+def test_what_an_older_version_began_continues_with_a_warning(interrupted):
+    (folder_of(interrupted) / '.origin.json').unlink()
+    with pytest.warns(UserWarning, match='demo/one continues, but what began it is not recorded'):
+        result = go_on(interrupted)
+    assert result['digest'] == {}
+    assert result['resumed_with'][0]['iteration'] == 50
+    s = state(interrupted, stop=True)
+    assert (s.kind, s.note) == ('done, other code', 'in part another version of the package')
+
+
+def test_results_of_older_versions_are_of_other_code(finished):
+    file = folder_of(finished) / 'result.json'
+    result = read_json(file)
+    old = dict(notebook='1', params='1', package='1')
+    write_json(file, result | dict(digest=old))
+    s = state(finished)
+    assert (s.kind, s.note) == ('done, other code', 'another version of the package')
+    assert run(finished)['already']
+
+
+def test_a_checkpoint_that_cannot_be_read_is_left_to_the_training(interrupted):
+    (folder_of(interrupted) / 'checkpoint.safetensors').write_text('')
+    notebook(interrupted.parent, PARAMETERS, 'x = 2', 'run', *CELLS[1:])
+    with pytest.raises(RunFailed):
+        run(interrupted, accept_changes=True)
+    origin = read_json(folder_of(interrupted) / '.origin.json')
+    assert [later['iteration'] for later in origin['resumed_with']] == [None]
+
+
+# ---- in a batch
+def planned(nb, slug='one'):
+    params = dict(x=2, plugin='', stop=True, scale='smoke')
+    return Planned('demo', slug, nb, dict(stop=True), params, nb.parent / 'runs')
+
+
+def test_a_batch_leaves_other_code_alone_and_says_so(interrupted, capsys):
+    "It is listed with the way out, with exit status 1; nothing is executed."
+    notebook(interrupted.parent, PARAMETERS, *OTHER)
+    p = planned(interrupted)
+    s = state_of(p)
+    assert s.kind == 'stopped, other code'
+    assert s.note == 'at iteration 50 of 100, begun by another version of the notebook'
+    assert s.blocked and not s.stopped and not s.to_be_made()
+    assert describe_state(p, s).startswith('! demo/one')
+    assert todo([p], Options()) == {}
+    assert todo([p], Options(accept_changes=True)) == {p: 'continues, by other code'}
+    text = 'experiment: exp.ipynb\nruns: {one: {stop: true}}\nscales: {smoke: {}}'
+    (interrupted.parent / 'demo.yaml').write_text(text)
+    folder = folder_of(interrupted)
+    folder.rename(folder.with_name('one_smoke'))
+    asked = ['batch', str(interrupted.parent / 'demo.yaml'), '--runs', str(folder.parent.parent)]
+    assert main(asked) == 1
+    said = capsys.readouterr().out
+    assert 'demo/one_smoke: stopped, other code. at iteration 50' in said
+    assert '--accept-changes continues it by this code, --only one_smoke --force begins' in said
+    assert main([*asked, '--dry-run', '--accept-changes']) in (0, None)
+    assert 'continues, by other code' in capsys.readouterr().out
+
+
+def ordered(folder, *planned, **more):
+    "A file of orders."
+    orders = dict(runs=[row_of(p) for p in planned], again=[], limit=0, since='2000')
+    write_json(folder / 'orders.json', orders | dict(accept_changes=False) | more)
+    return str(folder / 'orders.json')
+
+
+def test_a_worker_goes_on_to_the_others(interrupted, tmp_path):
+    notebook(interrupted.parent, PARAMETERS, *OTHER)
+    one, two = planned(interrupted), planned(interrupted, 'two')
+    with pytest.raises(KeyboardInterrupt):
+        Work()(ordered(tmp_path, one, two))
+    assert state_of(two).kind == 'stopped'  # at 50, as it is asked to
+    assert Work()(ordered(tmp_path, one, two)) == ['demo/two']
+    assert [state_of(p).kind for p in (one, two)] == ['stopped, other code', 'done']
+    assert not Work().execute(one, json.loads((tmp_path / 'orders.json').read_text()))
+    assert not (one.folder / 'failed.json').exists()
+    assert Work()(ordered(tmp_path, one, two, accept_changes=True)) == ['demo/one']
+    assert state_of(one).result['resumed_with'][0]['iteration'] == 50
+
+
+def test_a_worker_that_follows_a_dead_one_continues_what_is_made_again(finished, tmp_path):
+    "Also after a requeue: the orders are the same."
+    p = planned(finished)
+    orders = ordered(tmp_path, p, again=[p.name], since=state_of(p).when + 'Z')
+    with pytest.raises(KeyboardInterrupt):
+        Work()(orders)
+    assert contents(finished) == OLD
+    assert Work()(orders) == [p.name]
+    assert state_of(p).result['metrics']['first']['mean'] == 50
+    assert state_of(p).kind == 'done'
