@@ -161,7 +161,7 @@ def _hash(text):
 def module_digests() -> dict:  # module, or file, to digest
     "Return digests of the modules that a notebook passes through: of the package's code and data."
     root = Path(fewshotmeta.__file__).parent
-    paths = [root / 'lab' / 'protocols.py']
+    paths = [root / 'lab' / f'{room}.py' for room in ('protocols', 'trained')]
     for wing in _WINGS:
         paths += (p for p in sorted((root / wing).rglob('*')) if p.suffix in _READERS)
     stamps = []
