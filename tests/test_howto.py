@@ -56,12 +56,14 @@ def commands(text):
 def test_commands_can_be_typed(path):
     from fewshotmeta.lab.batches import read_batch
     from fewshotmeta.lab.command import _parser
-    from fewshotmeta.lab.parameters import merge_parameters, parse_value, read_parameters
+    from fewshotmeta.lab.parameters import experiment_file, merge_parameters, parse_value
+    from fewshotmeta.lab.parameters import read_parameters
 
     for words in commands(prose(path)):
         parsed = _parser().parse_args([word for word in words if word != '…'])
         if 'parameters' in parsed:
-            known = read_parameters(ROOT / parsed.notebook)
+            named = ROOT / parsed.notebook
+            known = read_parameters(named if named.is_file() else experiment_file(named.name))
             given = dict(item.split('=', 1) for item in parsed.parameters)
             merge_parameters(known, {k: parse_value(known[k], v) for k, v in given.items()})
         if 'executor' in parsed:
