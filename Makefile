@@ -6,8 +6,9 @@ TORCH ?= torch torchvision
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# small tensors, and worker threads of our own: one arithmetic thread each
-ONE_THREAD := OMP_NUM_THREADS=1
+# small tensors, and worker threads of our own: one arithmetic thread each; where there are more,
+# one that waits leaves the core to others
+ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 # some two hundred processes import the package and the tests: Python compiles them once
 unexport PYTHONDONTWRITEBYTECODE
 # two notebooks at a time on two cores: a worker each

@@ -4,11 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
+from forks import Fork
 
 from fewshotmeta.all import *
 from fewshotmeta.engine.kernels import _NormPool, c_source, kernels_used
@@ -163,14 +163,16 @@ def test_a_third_derivative_is_refused():
         torch.autograd.grad(g.pow(2).sum(), w, create_graph=True)
 
 
+IMPORTS = 'import torch\nfrom fewshotmeta.all import *\n'
+
+
+def begun(code, cache, **env):
+    "Code in a process that has loaded no kernels yet."
+    return Fork(IMPORTS + code, FEWSHOTMETA_CACHE=str(cache), **env)
+
+
 def in_new_process(code, cache, **env):
-    code = 'import torch\nfrom fewshotmeta.all import *\n' + code
-    return subprocess.run(
-        [sys.executable, '-W', 'always', '-c', code],
-        capture_output=True,
-        text=True,
-        env=os.environ | dict(FEWSHOTMETA_CACHE=str(cache)) | env,
-    )
+    return begun(code, cache, **env).wait()
 
 
 ASK = """
@@ -216,24 +218,26 @@ def test_a_cache_that_cannot_be_written(read_only):
     assert 'False False' in done.stdout and 'could not be compiled' in done.stderr
 
 
+def compiler(folder, options, before=''):
+    "A compiler that is called with further options: what the environment says."
+    cc = folder / 'cc'
+    cc.write_text(f'#!/bin/sh\n{before}\nexec cc "$@" {options}\n')
+    cc.chmod(0o755)
+    return dict(CC=str(cc))
+
+
 def test_compiled_once_by_many_at_once(tmp_path):
     code = """
 from concurrent.futures import ThreadPoolExecutor
 print(len(set(ThreadPoolExecutor(4).map(library, [torch.float64] * 4))))
 """
-    outs = []
-
-    def run():
-        outs.append(in_new_process(code, tmp_path))
-
-    threads = [threading.Thread(target=run) for _ in range(3)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    slow = compiler(tmp_path, '-O0', f'echo >> {tmp_path}/calls; sleep 1')
+    cache = tmp_path / 'cache'
+    outs = [fork.wait() for fork in [begun(code, cache, **slow) for _ in range(3)]]
     assert [o.stdout.strip() for o in outs] == ['1'] * 3
     assert not any('damaged' in o.stderr for o in outs)
-    assert [p.suffix for p in sorted((tmp_path / 'kernels').iterdir())] == ['.json', '.so', '']
+    assert [p.suffix for p in sorted((cache / 'kernels').iterdir())] == ['.json', '.so', '']
+    assert (tmp_path / 'calls').read_text() == '\n'
 
 
 # ---- damage
@@ -267,10 +271,7 @@ def empty_the_digest(path):
 @pytest.fixture(scope='module')
 def quick(tmp_path_factory):
     "The compiler without its optimisations, a tenth of the time: what the environment says."
-    cc = tmp_path_factory.mktemp('quick') / 'cc'
-    cc.write_text('#!/bin/sh\nexec cc "$@" -O0\n')
-    cc.chmod(0o755)
-    return dict(CC=str(cc))
+    return compiler(tmp_path_factory.mktemp('quick'), '-O0')
 
 
 @pytest.fixture(scope='module')
@@ -451,6 +452,9 @@ print(hashlib.sha256(content).hexdigest())
 
 def test_the_same_bytes_in_every_process_and_with_any_number_of_workers():
     "And PyTorch's compiler, whose import takes a second and more, is never loaded."
-    workers, cache = ('2', '2', '1', '3'), cache_folder()
-    outs = {in_new_process(TRAIN, cache, FEWSHOTMETA_WORKERS=n).stdout for n in workers}
+    cache, other = cache_folder(), dict(FEWSHOTMETA_WORKERS='2')
+    outs = {in_new_process(TRAIN, cache, FEWSHOTMETA_WORKERS=n).stdout for n in '213'}
+    command = [sys.executable, '-c', IMPORTS + TRAIN]  # of another hash seed
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | other)
+    outs.add(done.stdout)
     assert len(outs) == 1 and outs.pop().startswith('True False ')

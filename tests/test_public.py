@@ -2,10 +2,9 @@
 
 import json
 import platform
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -71,8 +70,7 @@ def test_values_are_of_the_type_of_the_default():
 def test_kept_memory_says_whether_it_could():
     "In a process of its own: it changes the allocator."
     code = 'from fewshotmeta.engine.plans import keep_memory; print(keep_memory())'
-    command = [sys.executable, '-c', code]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    said = forks.run(code).stdout.strip()
     assert said == str(platform.libc_ver()[0] == 'glibc')
 
 

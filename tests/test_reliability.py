@@ -3,10 +3,11 @@
 `make reliability` runs them at full length, CI a part.
 """
 
-import json, os, random, subprocess, sys
+import json, random, subprocess, sys
 from functools import partial
 import pytest, torch
 from conftest import ROOT, full, mounted
+from forks import Fork
 from fewshotmeta.learners.backbones import conv4
 from fewshotmeta.data.banks import BadBank, ImageBank, load_bank, save_bank
 from fewshotmeta.data.episodes import EpisodeSampler
@@ -247,14 +248,10 @@ print(cached(dict(set='one'), build).digest)
 
 def test_many_processes_build_one_bank(tmp_path, record):
     "Started together, they build it once, and all have it."
-    env = os.environ | dict(FEWSHOTMETA_CACHE=str(tmp_path / 'cache'))
-    log = tmp_path / 'log'
-    build = [sys.executable, '-c', BUILD, str(log)]
-    started = [
-        subprocess.Popen(build, stdout=subprocess.PIPE, text=True, env=env) for _ in range(8)
-    ]
+    log, cache = tmp_path / 'log', str(tmp_path / 'cache')
+    started = [Fork(BUILD, log, FEWSHOTMETA_CACHE=cache) for _ in range(8)]
     log.write_text('')
-    said = {process.communicate(timeout=300)[0] for process in started}
+    said = {fork.wait().stdout for fork in started}
     assert len(said) == 1
     assert said != {''}
     assert len(log.read_text().splitlines()) == 1

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import forks
 import pytest
 import torch
 from fewshotmeta.all import *
@@ -133,8 +134,7 @@ def test_parts_of_a_plugin_are_named_and_asked_for(tmp_path):
     assert logits(load_learner(file)).equal(logits(learner))
     code = f'from fewshotmeta.all import *\nprint(load_learner({str(file)!r}, plugin=%r))'
     for given, said in ('', "own_parts, which is not imported"), (str(plugin), 'halved: '):
-        command = [sys.executable, '-c', code % given]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = forks.run(code % given)
         assert said in done.stdout + done.stderr
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from forks import Fork
 from safetensors.torch import save_file
 
 import fewshotmeta.training.fit as training
@@ -206,21 +207,17 @@ names = [f'class{i:02d}' for i in range(40)]
 bank = ImageBank(images, range(0, 1000, 25), [25] * 40, names, name='noise')
 s = EpisodeSampler(bank, 5, 1, 3, seed=0)
 often = dict(valid_tasks=6, valid_every=20, save_every=3, log_every=4)
-print('ready', flush=True)
 learner = MAML(conv4(size=16, filters=16), 5)
 fit(learner, s, 120, 2, valid=s(seed=99), checkpoint=sys.argv[1], progress=False, **often)
 '''
 
 
 def train_in_a_process(folder, kill_after=None):
-    command, pipe = [sys.executable, '-c', CHILD, str(folder)], subprocess.PIPE
-    p = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
-    assert p.stdout.readline() == 'ready\n', p.stderr.read()
+    fork = Fork(CHILD, folder)
     if kill_after is not None:
         time.sleep(kill_after)
-        p.kill()
-    p.wait(120)
-    return p.returncode
+        fork.process.kill()
+    return fork.wait(120).returncode
 
 
 def test_sigkill_at_random_moments(tmp_path):
