@@ -161,7 +161,7 @@ OTHER_LOOP = dict(optimizer='sgd', task_loss='sum', clip=ClipNorm(1.0))
 )
 def test_training_by_replays_is_training(noise_bank, make, kw):
     "`fit` with recorded graphs, ways that vary and schedules, against the same arithmetic."
-    train = WaysSampler(EpisodeSampler(noise_bank, 5, 1, 2), 2, 4)
+    train = WaysSampler(EpisodeSampler(noise_bank, 5, 1, 2), 2, 3)
     runs = [
         fit(
             make(),
