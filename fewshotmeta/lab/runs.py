@@ -229,7 +229,6 @@ def _clear(run, work):
     "Remove what was begun."
     if work != run.folder:
         shutil.rmtree(work)
-        work.mkdir()
     for name in (*_FILES, '.progress.json', _ORIGIN):
         (work / name).unlink(missing_ok=True)
 
@@ -268,6 +267,8 @@ def _recorded(run, work, failure, digest):
     if work != run.folder:
         with contextlib.suppress(OSError):
             shutil.move(work / 'failed.ipynb', run.folder / 'failed.ipynb')
+    if begun_by(work) is None:  # nothing to continue
+        _clear(run, work)
     record = failure_record(failure.kind, said, failure.trace, run.params, digest)
     write_json(run.folder / 'failed.json', record)
     return RunFailed(said, failure.kind, failure.trace)
