@@ -189,7 +189,7 @@ def test_one_that_is_being_made_again_is_running(finished):
     assert state(finished).done
 
 
-def test_nothing_of_it_counts_as_a_run(finished):
+def test_nothing_of_it_counts_as_a_run(finished, capsys):
     stopped(finished, force=True)
     runs = finished.parent / 'runs'
     write_json(anew(finished) / '.files.json', dict(names=[]))
@@ -197,6 +197,8 @@ def test_nothing_of_it_counts_as_a_run(finished):
     assert [r['run'] for r in all_results(runs)[0]] == ['one']
     assert all_results(runs)[1] == []
     assert list(runs.glob('*/*/result.json')) == [folder_of(finished) / 'result.json']
+    assert not main(['status', '--runs', str(runs)])
+    assert '1 results, 0 not finished, 0 files that are no whole results' in capsys.readouterr().out
     assert run(finished, dict(stop=True), force=True)['metrics']['first']['mean'] == 50
 
 
