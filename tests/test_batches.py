@@ -21,7 +21,7 @@ import pytest
 import yaml
 from conftest import ROOT, full
 from fewshotmeta.data.files import locked, read_json, write_json
-from fewshotmeta.lab.batches import BadBatch, Planned, read_batch
+from fewshotmeta.lab.batches import BadBatch, Planned, read_batch, scales_of
 from fewshotmeta.lab.command import main
 from fewshotmeta.lab.results import all_results, table_of, write_table
 from fewshotmeta.lab.locks import RunBusy, marker, read_marker
@@ -991,7 +991,7 @@ LOOK = '''
 import sys
 from fewshotmeta.lab.command import main
 main(["results", "--runs", sys.argv[1]])
-print([m for m in ("torch", "papermill", "pandas", "submitit") if m in sys.modules])
+print([m for m in ("torch", "papermill", "submitit") if m in sys.modules])
 '''
 
 
@@ -1011,9 +1011,9 @@ def stem_of(path):
 
 @pytest.mark.parametrize('path', BATCHES, ids=stem_of)
 def test_batch_files_can_be_read_at_every_scale(path):
-    for scale in ('smoke', 'short', 'paper'):
+    for scale in scales_of(path):
         runs = read_batch(path, scale)
-        assert len({p.slug for p in runs}) == len(runs)
+        assert len({p.name for p in runs}) == len(runs)
         assert all(p.params['scale'] == scale for p in runs)
 
 
@@ -1029,10 +1029,10 @@ def test_smoke_of_every_batch_file(tmp_path, monkeypatch, path):
 @pytest.mark.parametrize('path', BATCHES, ids=stem_of)
 def test_committed_results_belong_to_their_batch_file(path):
     "What is in runs/ under a batch file's name is one of its runs, with its parameters."
-    planned = {p.slug: p for scale in ('short', 'paper') for p in read_batch(path, scale)}
+    planned = {p.name: p for scale in scales_of(path) for p in read_batch(path, scale)}
     for f in (ROOT / 'runs' / path.stem).glob('*/result.json'):
         if '_smoke' not in f.parent.name:
-            assert state_of(planned[f.parent.name]).done, f
+            assert state_of(planned[f'{path.stem}/{f.parent.name}']).done, f
 
 
 # ---- runs that begin from another's learner

@@ -192,5 +192,6 @@ def test_an_experiment_under_torchrun(tmp_path):
     two = read_json(tmp_path / 'x' / 'two' / 'result.json')['metrics']['test_accuracy']['mean']
     one = run_here(nb, sizes, tmp_path / 'one')['metrics']['test_accuracy']['mean']
     assert abs(one - two) < 0.1
-    kept = ['checkpoint.safetensors', 'metrics.csv', 'notebook.ipynb', 'result.json', 'tasks.csv']
+    kept = ['checkpoint.safetensors', 'learner.safetensors', 'metrics.csv', 'notebook.ipynb']
+    kept += ['result.json', 'tasks.csv']
     assert files(tmp_path / 'x' / 'two') == kept
