@@ -894,7 +894,7 @@ def watching(master, slave, *args):
     "`fewshotmeta status … --watch` on a terminal of 80 columns."
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('4H', 24, 80, 0, 0))
     env = {k: v for k, v in os.environ.items() if k not in ('COLUMNS', 'LINES')}
-    p = subprocess.Popen(command('status', *args), stdout=slave, env=env)
+    p = subprocess.Popen(command('status', *args), stdout=slave, env=env, preexec_fn=heedful)
     os.close(slave)
     return p
 

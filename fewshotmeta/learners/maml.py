@@ -430,7 +430,7 @@ def _check(self: MAML, xs, ys):
 def _check_images(self: MAML, name, x):
     "Refuse what are no images of tasks, or of another type or device than the parameters."
     check_images(name, x)
-    own = next(iter(self.theta.values()))
+    own = next(iter(self.theta.values()), x)  # a network may have no parameters
     if (x.dtype, x.device) != (own.dtype, own.device):
         raise ValueError(
             f'{name} is {x.dtype} on {x.device}, but the parameters are {own.dtype} on '
