@@ -331,7 +331,7 @@ def test_pictures_are_there_and_say_what_they_show(seen):
     images = [(name, *image) for name, page in seen.items() for image in page['images']]
     no_words = re.compile(r'[`$\\]|]\(|^_|\.png')
     assert len(images) > 100
-    assert [i for i in images if not i[3] or len(i[2]) < 15 or no_words.search(i[2])] == []
+    assert [i for i in images if not i[3] or len(i[2]) < 14 or no_words.search(i[2])] == []
 
 
 def test_no_markup_shows(seen):
