@@ -369,3 +369,23 @@ def test_resnet12_is_kept_in_a_file(tmp_path):
 def test_bad_input(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize('network', NormedNetwork.__subclasses__())
+def test_networks_share_what_their_norms_ask_for(network):
+    for given, words in (
+        (dict(size=12), 'size=12: four halvings need images of at least 16 pixels'),
+        (dict(filters=0), 'filters=0: expected a whole number of at least 1'),
+        (dict(norm_steps=0), 'norm_steps=0: expected'),
+        (dict(norm='per_step'), 'say how many with norm_steps'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            network(**given)
+    net = network(filters=2, size=16).with_steps(3).with_norm('per_step')
+    stored = net.buffers()
+    assert {name.rsplit('.', 1)[0] for name in stored} == set(net.norm_layers())
+    assert {len(values) for values in stored.values()} == {3}
+    params, layer = net.init(torch.Generator()), next(iter(net.norm_layers()))
+    params[f'{layer}.bias'][1] = 7
+    scale, shift = net.scale_and_shift(params, layer, 1)
+    assert scale.shape == shift.shape == (net.norm_layers()[layer],) and (shift == 7).all()

@@ -111,6 +111,20 @@ def test_batch_norm_under_vmap_is_wrong_and_ours_is_not():
     assert (wrong - right).norm() > 1e-4 * right.norm()
 
 
+@pytest.mark.parametrize('filters', [1, 2])
+def test_a_scale_that_tasks_share(filters):
+    "Of one channel, too, where the scales of all tasks would be one number in memory."
+    episodes = EpisodeSampler(glyphs('train'), 3, 1, 2)[0:3]
+    episodes = Episodes(episodes.xs.double(), episodes.ys, episodes.xq.double(), episodes.yq)
+    learner = to_dtype(MAML(conv4(filters=filters), 3, 0.1), torch.float64)
+    alone, together = (
+        meta_gradient(learner, episodes, 0.0, plan_for('cpu', plan)).grads
+        for plan in ('loop', 'batched')
+    )
+    for one, other in zip(alone, together):
+        torch.testing.assert_close(one, other, atol=1e-11, rtol=0)
+
+
 def test_norm_by_given_statistics():
     torch.manual_seed(0)
     x, q, g, b = randn(2, 5, 3, 4, 4), randn(2, 6, 3, 4, 4), randn(2, 3), randn(3)

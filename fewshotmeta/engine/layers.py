@@ -300,7 +300,9 @@ def task_norm(
     t, _, c = x.shape[:3]
 
     def full(p, fill):
-        return x.new_full((t * c,), fill) if p is None else p.expand(t, c).reshape(-1)
+        if p is None:
+            return x.new_full((t * c,), fill)
+        return p.expand(t, c).reshape(-1).contiguous()  # of one channel it would be a view
 
     gamma, beta = full(gamma, 1.0), full(beta, 0.0)
     if stats is None:

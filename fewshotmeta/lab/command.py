@@ -17,7 +17,9 @@ import shlex
 import shutil
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import fewshotmeta
@@ -76,7 +78,8 @@ def _add_run(subcommands):
 def _run(args):
     notebook = experiment_file(args.notebook)
     given = _given(args, notebook)
-    _check_combination(notebook, given)
+    if notebook.is_file():  # else the runner says so
+        _check_combinations([('', merge_parameters(read_parameters(notebook), given))])
     how = dict(force=args.force, limit=args.limit, accept_changes=args.accept_changes)
     result = run_notebook(notebook, given, args.name, args.runs, **how)
     if not int(os.environ.get('RANK', 0)):  # under torchrun the first rank speaks
@@ -96,19 +99,34 @@ def _given(args, notebook):
     return given
 
 # %% ../../nbs/lab/20_command.ipynb #5d1f0a77
-def _check_combination(notebook, given, where=''):
-    "Refuse, before a kernel starts, what its notebook would refuse. Raises `ValueError`."
-    if not Path(notebook).is_file():
+def _check_combinations(asked):
+    "Refuse parameters, each with what is said in front of it. Raises `BadParameters`."
+    asked = [(where, params) for where, params in asked if 'method' in params]
+    if not asked:
         return
-    params = merge_parameters(read_parameters(notebook), given)
-    if 'method' not in params:
-        return
+    every = [params for _, params in asked]
+    if 'torch' in sys.modules:
+        said = _refusals(every)
+    else:  # in a process that ends: a batch waits for hours, and PyTorch would stay in memory
+        with ProcessPoolExecutor(1, get_context('spawn')) as pool:
+            said = pool.submit(_refusals, every).result()
+    for (where, _), refusal in zip(asked, said):
+        if refusal:
+            raise BadParameters(f'{where}{refusal}')
+
+
+def _refusals(every):
+    "What is wrong with each of some parameters; empty if nothing is."
     from fewshotmeta.lab.trained import check_combination
 
-    try:
-        check_combination(params)
-    except ValueError as e:
-        raise BadParameters(f'{where}{e}') from None
+    said = []
+    for params in every:
+        try:
+            check_combination(params)
+            said.append('')
+        except ValueError as e:
+            said.append(str(e))
+    return said
 
 # %% ../../nbs/lab/20_command.ipynb #19d864e4
 def _say_result(result, runs):
@@ -205,8 +223,7 @@ _CONTINUES = '--accept-changes continues it by this code, --only {} --force begi
 
 def _batch(args):
     planned = read_batch(args.file, args.scale, args.only, args.runs)
-    for p in planned:
-        _check_combination(p.notebook, p.given, f'{p.name}: ')
+    _check_combinations([(f'{p.name}: ', p.params) for p in planned])
     gpus, slurm = tuple(_numbers(args.gpus)), _pairs(args.slurm)
     how = dict(force=args.force, stale=args.stale, accept_changes=args.accept_changes)
     how |= dict(executor=args.executor, limit=args.limit, slurm=slurm)

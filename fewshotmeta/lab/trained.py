@@ -18,8 +18,7 @@ from ..training.schedules import as_schedule
 from ..training.saving import load_learner, save_learner
 from .provenance import provenance
 from .execution import run_folder
-from .protocols import looks_of, make_learner, named_values
-from .protocols import split_bank
+from .protocols import looks_of, make_learner, named_values, split_bank
 
 # %% ../../nbs/lab/18_trained.ipynb #87bf1af7
 def keep_learner(

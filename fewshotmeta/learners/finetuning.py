@@ -144,7 +144,7 @@ def _steps(self: Pretrained, steps):
 @patch
 def _check(self: Pretrained, xs, ys):
     "The number of ways of these tasks, each of whose classes has a support image."
-    if xs.dim() == 5 and not xs.shape[1]:
+    if getattr(xs, 'ndim', 0) == 5 and not xs.shape[1]:
         raise ValueError('no support images: a task comes from an EpisodeSampler')
     n_way = MAML._check(self, xs, ys)
     check_every_class(ys, n_way)

@@ -65,7 +65,7 @@ class MAMLpp(MAML):
 
     def __init__(
         self,
-        backbone,  # BNWB: a `Conv4` with norm_steps; BNRS: with norm='per_step'
+        backbone,  # BNWB: one with norm_steps; BNRS: with norm='per_step'
         n_way: int,  # classes of a task
         inner_lr: float = 0.1,  # where the inner rates start
         inner_steps: int = 5,  # T
@@ -171,7 +171,7 @@ def _with_per_step_norms(backbone, inner_steps, ingredients):
     if not backbone.per_step_norms:
         raise ValueError(
             f'{type(backbone).__name__} has no per-step norm: '
-            'leave bnwb and bnrs out of the ingredients, or use a Conv4'
+            'leave bnwb and bnrs out of the ingredients, or use conv4 or resnet12'
         )
     backbone = backbone.with_steps(inner_steps, affine='bnwb' in ingredients)
     return backbone.with_norm('per_step') if 'bnrs' in ingredients else backbone

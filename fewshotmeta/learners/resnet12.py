@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..data.checks import check_size
 from ..engine.layers import channels_last, task_conv2d, task_max_pool, task_norm
-from .norms import Norm, as_norm
-from .backbones import BACKBONES, Conv4
+from .norms import Norm
+from .backbones import BACKBONES, NormedNetwork
 
 # %% ../../nbs/learners/08_resnet12.ipynb #6fa2af4b
 @dataclass(frozen=True)
-class ResNet12:
+class ResNet12(NormedNetwork):
     "Four residual blocks (Oreshkin et al. 2018; Lee et al. 2019), a pure function of parameters."
 
     channels: int = 3  # of the input images
@@ -33,26 +32,8 @@ class ResNet12:
     affine_per_step: bool = True  # with norm_steps: a scale and shift each, or statistics alone
     eps: float = 1e-5  # added to the variance
 
-    per_step_norms = True  # whether norms can have a row for each inner step
-    shares_calls = False  # whether a CPU adapts small tasks faster together
-
-    with_norm = Conv4.with_norm
-    with_steps = Conv4.with_steps
-    offers = Conv4.offers
-
     def __post_init__(self):
-        object.__setattr__(self, 'norm', as_norm(self.norm))
-        for name in ('filters', 'channels', 'size'):
-            check_size(name, getattr(self, name), 1)
-        if self.norm_steps is not None:
-            check_size('norm_steps', self.norm_steps, 1)
-        if self.norm.stored and not self.norm_steps:
-            raise ValueError(
-                f'norm={self.norm} keeps statistics for each inner step: '
-                'say how many with norm_steps'
-            )
-        if self.size < 16:
-            raise ValueError(f'size={self.size}: four halvings need images of at least 16 pixels')
+        self.check_fields()
 
 # %% ../../nbs/learners/08_resnet12.ipynb #0dcb70d7
 @patch(as_prop=True)
@@ -104,17 +85,6 @@ def init(
 
 
 @patch
-def buffers(self: ResNet12) -> dict[str, Tensor]:  # name to tensor, (steps, channels)
-    "Make the stored statistics, mean 0 and variance 1; empty unless the norm stores any."
-    made = {}
-    if self.norm.stored:
-        for layer, width in self.norm_layers().items():
-            made[f'{layer}.mean'] = torch.zeros(self.norm_steps, width)
-            made[f'{layer}.var'] = torch.ones(self.norm_steps, width)
-    return made
-
-
-@patch
 def to_store(
     self: ResNet12,
     stats: dict,  # what `__call__` gave: layer to mean and variance, each (tasks, channels)
@@ -156,9 +126,7 @@ def __call__(
 @patch
 def _norm(self: ResNet12, params, x, layer, step, support):
     "Normalise one layer's activations: the result, and what the layer reports of its batch."
-    scale, shift = params[f'{layer}.weight'], params[f'{layer}.bias']
-    if self.norm_steps and self.affine_per_step:
-        scale, shift = scale[..., step, :], shift[..., step, :]
+    scale, shift = self.scale_and_shift(params, layer, step)
     given = self.norm.statistics(x, params, layer, step, support)
     y, used = task_norm(x, scale, shift, given, self.eps)
     return y, self.norm.observed(x, used)

@@ -40,7 +40,7 @@ def _maml(case, backbone):
 
 
 def _mamlpp(case, backbone):
-    "MAML++ with a loss after every step; the norm's per-step parameters only on our own Conv4."
+    "MAML++ with a loss after every step; per-step norm parameters where the network has them."
     norm = () if backbone else ('bnwb',)
     pieces = ('msl', 'lslr', *norm)
     return mamlpp(_network(case, backbone), case.n_way, case.steps, ingredients=pieces)
