@@ -86,14 +86,14 @@ def with_norm(self: ModuleBackbone, norm: str | Norm) -> ModuleBackbone:
 @patch
 def _features(self: ModuleBackbone, params, x):
     "Features of one task's images, (n, out_features), with these parameters."
-    thread = threading.get_ident()
-    if thread not in self._copies:
-        self._copies[thread] = deepcopy(self.module)
-    module = self._copies[thread]
+    place = threading.get_ident(), x.device
+    if place not in self._copies:
+        self._copies[place] = deepcopy(self.module).to(x.device)
+    module = self._copies[place]
     state = {}
     for name, value in module.named_buffers():
         dtype = x.dtype if value.is_floating_point() else value.dtype
-        state[name] = value.to(x.device, dtype, copy=True)
+        state[name] = value.to(dtype, copy=True)
     return functional_call(module, (params, state), (x,)).flatten(1)
 
 
