@@ -1,6 +1,7 @@
 """Recorded meta-iterations give, replayed with other inputs, what running gives; lean gradients."""
 
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -117,6 +118,19 @@ def test_a_replay_follows_what_changes(name):
     assert (
         len(recorder.graphs) == len({m.moment(p)[0] for p in [0.0, 0.1, 0.3, 0.35, 0.45, 0.9]}) < 4
     )
+
+
+def test_a_module_is_recorded_in_a_thread_of_its_own():
+    "The thread has no copy of the module yet, and makes one while it records."
+    m, ep = as64(a_module()), noise()
+
+    def record():
+        return Recorder(m, plan_for('cpu', 'graph'))(ep, 0.0, 3)
+
+    with ThreadPoolExecutor(1) as pool:
+        loss, accuracy, grads, _ = pool.submit(record).result()
+    for a, b in zip([loss, accuracy, *grads], eager(m, ep, 0.0), strict=True):
+        assert (a - b).norm() <= 1e-10 * (1 + b.norm())
 
 
 def test_one_graph_a_number_of_ways_and_shape():

@@ -58,8 +58,31 @@ def test_a_streams_key_is_a_function_of_its_name():
 
 def test_cores_and_precision_without_a_gpu():
     assert 1 <= available_cores() <= os.cpu_count()
-    with float32_precision('float32'):
+    with gpu_arithmetic('float32'):
         assert torch.ones(1).item() == 1
+
+
+@pytest.mark.parametrize('precision', ['float32', 'tf32'])
+def test_a_gpus_arithmetic_is_set_and_put_back(monkeypatch, precision):
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+
+    def flags():
+        return (
+            products.allow_tf32,
+            convolutions.allow_tf32,
+            convolutions.deterministic,
+            convolutions.benchmark,
+        )
+
+    monkeypatch.setattr(convolutions, 'benchmark', True)
+    before, tf32 = flags(), precision == 'tf32'
+    with gpu_arithmetic(precision):
+        assert flags() == before  # there is none
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    with pytest.raises(KeyError), gpu_arithmetic(precision):
+        assert flags() == (tf32, tf32, True, False)
+        raise KeyError
+    assert flags() == before
 
 
 def test_many_tasks_are_convolved_each_by_its_own_weights():

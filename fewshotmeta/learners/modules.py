@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .norms import Norm, Transductive, Unnormalised
 
@@ -88,7 +89,8 @@ def _features(self: ModuleBackbone, params, x):
     "Features of one task's images, (n, out_features), with these parameters."
     place = threading.get_ident(), x.device
     if place not in self._copies:
-        self._copies[place] = deepcopy(self.module).to(x.device)
+        with _disable_current_modes():  # a recording copies no module
+            self._copies[place] = deepcopy(self.module).to(x.device)
     module = self._copies[place]
     state = {}
     for name, value in module.named_buffers():

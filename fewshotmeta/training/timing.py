@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..engine.plans import available_cores, float32_precision, keep_memory
+from ..engine.plans import available_cores, gpu_arithmetic, keep_memory
 from ..engine.layers import channels_last
 from .cases import Case
 from .candidates import CANDIDATES
@@ -201,7 +201,7 @@ def conv_ceiling(
     ]
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     best = 0.0
-    with float32_precision('tf32'), pool:
+    with gpu_arithmetic('tf32'), pool:
         for job in jobs:
             every = [pool.submit(_reached, *job) for _ in range(workers)]
             best = max(best, sum(worker.result() for worker in every))
