@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 from forks import Fork, run
-from fewshotmeta.data.files import read_json
+from fewshotmeta.data.files import read_json, write_json
 from fewshotmeta.engine.ranks import Ranks
 from fewshotmeta.training.checkpoints import read_checkpoint
 from tiny import run_here
@@ -179,12 +179,13 @@ def test_shares():
 
 
 def test_an_experiment_under_torchrun(tmp_path):
-    "The runner on two ranks: one result, and the accuracy of one process."
+    "The runner on two ranks: one result, for one from before, and the accuracy of one process."
+    write_json(tmp_path / 'x' / 'two' / 'result.json', dict(metrics=dict(before=1)))
     sizes = dict(iterations=4, valid_every=2, valid_tasks=4, test_tasks=10, filters=4)
     sizes |= dict(meta_batch=4, test_steps=1)
     nb = ROOT / 'nbs' / 'experiments' / 'train.ipynb'
-    args = ['-m', 'fewshotmeta.lab.command', 'run', nb, '--runs', tmp_path, '--name', 'x/two', '-p']
-    args += [f'{name}={value}' for name, value in sizes.items()]
+    args = ['-m', 'fewshotmeta.lab.command', 'run', nb, '--runs', tmp_path, '--name', 'x/two']
+    args += ['--force', '-p', *(f'{name}={value}' for name, value in sizes.items())]
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     command = [sys.executable, *torchrun, *map(str, args)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -195,3 +196,4 @@ def test_an_experiment_under_torchrun(tmp_path):
     kept = ['checkpoint.safetensors', 'learner.safetensors', 'metrics.csv', 'notebook.ipynb']
     kept += ['result.json', 'tasks.csv']
     assert files(tmp_path / 'x' / 'two') == kept
+    assert not list((tmp_path / '.new').glob('*/*'))
