@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -275,3 +276,17 @@ def test_a_worker_of_slurm_takes_the_run_of_its_number():
     assert work.share(['a', 'b', 'c'], 1) == ['b'] and not work.taken
     work.heed(signal.SIGTERM, None)
     assert work.taken
+
+
+def test_a_failure_while_the_cluster_takes_the_node_back_is_forgotten(tmp_path, monkeypatch):
+    "Slurm kills the `scontrol requeue` that asks for it, too, which then looks like a failure."
+    record, work = tmp_path / 'failed.json', SlurmWork()
+    p, failure = SimpleNamespace(folder=tmp_path), RunFailed('scontrol died', 'CalledProcessError')
+    record.write_text('{}')
+    monkeypatch.setattr('time.sleep', lambda seconds: None)
+    work.after_failure(p, failure)
+    assert record.exists()  # a failure of the notebook
+    work.taken = True
+    with pytest.raises(SystemExit, match='takes the node back'):
+        work.after_failure(p, failure)
+    assert not record.exists()

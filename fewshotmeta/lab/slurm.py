@@ -66,11 +66,11 @@ class SlurmWork(Work):
         return super().checkpoint(*args)
 
     def after_failure(self, p, failure):
-        "Forget the failure of a kernel that was killed because the cluster takes the node back."
+        "Forget a failure while the cluster takes the node back: that is what killed something."
         end = time.monotonic() + 2
         while failure.kind == 'killed' and not self.taken and time.monotonic() < end:
             time.sleep(0.05)
-        if failure.kind == 'killed' and self.taken:
+        if self.taken:
             (p.folder / 'failed.json').unlink(missing_ok=True)
             time.sleep(60)
             raise SystemExit('the cluster takes the node back') from failure
