@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torchvision.ops import FrozenBatchNorm2d
 
 from fewshotmeta.all import *
 
@@ -158,6 +159,118 @@ def test_from_module():
     own = dict(p, **{'0.weight': torch.stack([p['0.weight'], 3 * p['0.weight'] + 1])})
     assert torch.allclose(body(own, x)[0][0], body(p, x[:1])[0][0], atol=1e-6)
     assert not torch.allclose(body(own, x)[0][1], body(p, x[1:])[0][0], atol=1e-3)
+
+
+def two_stages(batch_norm=False):
+    "A small module; its first convolution and its norm are frozen."
+    torch.manual_seed(3)
+    norm = nn.BatchNorm2d(4) if batch_norm else nn.GroupNorm(2, 4)
+    first = nn.Sequential(nn.Conv2d(1, 4, 3, 2), norm, nn.ReLU())
+    first.requires_grad_(False)
+    return nn.Sequential(first, nn.Conv2d(4, 6, 3, 2), nn.Tanh())
+
+
+FROZEN = {'0.0.weight', '0.0.bias', '0.1.weight', '0.1.bias'}
+
+
+@pytest.mark.parametrize('method', sorted(LEARNERS))
+def test_frozen_weights_stay_as_they_are_under_every_method(method, noise_bank):
+    body = from_module(two_stages(), 1, 16)
+    before = {name: value.clone() for name, value in body.frozen.items()}
+    assert before.keys() == FROZEN
+    train = EpisodeSampler(noise_bank, 3, 1, 2)
+    setting = Setting(3, len(noise_bank), everything, 'xavier_uniform', 0)
+    own = dict(ingredients=('msl', 'da', 'lslr'), hyper_width=8, tune_steps=2, n_max=3)
+    own = {k: v for k, v in own.items() if k in LEARNERS.options(method)}
+    learner = LEARNERS[method](body, setting, **own)
+    start = learner.theta['1.weight'].detach().clone()
+    fit(learner, learner.training_data(train), 2, meta_batch=2, meta_lr=0.01, progress=False)
+    assert not any(name.endswith(tuple(FROZEN)) for name in learner.theta)  # nor has one a rate
+    assert not FROZEN & set(learner.adapted)
+    assert not torch.equal(learner.theta['1.weight'], start)
+    for name, value in before.items():
+        assert torch.equal(learner.backbone.frozen[name], value)
+    fast = learner.adapt(*(x[None] for x in (train[0].xs, train[0].ys)))
+    assert learner.predict(fast, train[0].xq[None]).isfinite().all()
+
+
+def test_frozen_weights_are_used_in_the_type_of_the_images():
+    body = from_module(two_stages(), 1, 16)
+    x = torch.rand(1, 3, 1, 16, 16, dtype=torch.float64)
+    params = {name: value.double() for name, value in body.init().items()}
+    expected = two_stages().double()(x[0]).flatten(1)
+    assert close(body(params, x)[0][0], expected)
+
+
+def test_frozen_weights_stand_in_the_text_of_a_module():
+    half, whole = two_stages(), two_stages().requires_grad_(True)
+    assert '4 of 6 tensors frozen' in repr(from_module(half, 1, 16))
+    assert 'frozen' not in repr(from_module(whole, 1, 16))
+    with torch.no_grad():
+        half[0][0].weight.add_(1)
+    weights = {repr(from_module(m, 1, 16)).split('weights ')[1][:8] for m in (half, whole)}
+    assert len(weights) == 2
+
+
+def test_a_network_frozen_whole_is_evaluated_and_not_trained(noise_bank):
+    learner = ProtoNet(from_module(two_stages().requires_grad_(False), 1, 16))
+    tasks = EpisodeSampler(noise_bank, 3, 1, 2)
+    assert evaluate(learner, tasks, 3).n == 3
+    with pytest.raises(ValueError, match='ProtoNet has no parameter to train'):
+        fit(learner, tasks, 1, progress=False)
+
+
+def test_one_query_through_batch_norm():
+    "Where one pixel is left, two images are needed; a norm with fixed statistics needs one."
+    net = two_stages(batch_norm=True)[0]
+    learner = MAML(from_module(net, 1, 4), 2)
+    fast = learner.adapt(torch.rand(1, 2, 1, 4, 4), torch.arange(2)[None])
+    assert learner.predict(fast, torch.rand(1, 2, 1, 4, 4)).shape == (1, 2, 2)
+    with pytest.raises(ValueError, match='1 image, but the module needs at least 2.*GroupNorm'):
+        learner.predict(fast, torch.rand(1, 1, 1, 4, 4))
+    assert from_module(net, 1, 16).alone == ''  # its norm sees 49 pixels of one image
+    net[1] = FrozenBatchNorm2d(4)
+    fixed = MAML(from_module(net, 1, 4), 2)
+    assert not fixed.transductive
+    assert fixed.predict(fast, torch.rand(1, 1, 1, 4, 4)).shape == (1, 1, 2)
+
+
+def test_a_module_lies_on_the_cpu_in_float32():
+    "Wherever it lies, as every backbone begins; one without values is refused."
+    body = from_module(two_stages().double(), 1, 16)
+    assert {v.dtype for v in body.init().values()} == {torch.float32}
+    with pytest.raises(ValueError, match='6 of 6 tensors .* "meta".*load the weights first'):
+        from_module(two_stages().to('meta'), 1, 16)
+
+
+class Pair(nn.Module):
+    "Not one tensor, but two."
+
+    def forward(self, x):
+        return x, x
+
+
+@pytest.mark.parametrize(
+    'module,words',
+    [
+        (nn.Conv2d(3, 4, 3), r'channels=1, size=16, but Conv2d fails on images of \(1, 16, 16\)'),
+        (nn.LSTM(16, 4), 'LSTM fails on images'),
+        (Pair(), '2 images give a tuple: features are one tensor'),
+        (nn.Flatten(0), r'2 images give \(512,\)'),
+    ],
+)
+def test_a_module_that_makes_no_features_of_these_images(module, words):
+    with pytest.raises(ValueError, match=words):
+        from_module(module, 1, 16)
+
+
+def test_a_module_refuses_images_of_another_shape():
+    learner = MAML(from_module(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1))), 2)
+    for shape in ((1, 84, 84), (3, 32, 32)):
+        words = f'images of .{str(shape)[1:-1]}., but the backbone takes .3, 84, 84.: read them'
+        with pytest.raises(ValueError, match=words):
+            learner.adapt(torch.rand(1, 2, *shape), torch.arange(2)[None])
+
 
 
 # ---- ResNet-12

@@ -312,6 +312,28 @@ def test_a_users_module_on_every_plan(plan):
     ) and torch.equal(net[1].running_mean, torch.zeros(4))
 
 
+@pytest.mark.parametrize('plan', ['loop', 'batched', 'threads'])
+def test_a_frozen_weight_is_a_constant_of_the_meta_gradient(plan):
+    "As if it took part, and neither loop moved it."
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, 2), nn.Tanh(), nn.Conv2d(4, 4, 3, 2), nn.Tanh())
+    held = [k for k, _ in net.named_parameters() if k.startswith('0.')]
+
+    def all_but_first(name, learner):
+        return name not in held
+
+    options = dict(inner_lr=0.3, inner_steps=2, adapts=all_but_first)
+    whole = to_dtype(MAML(from_module(net, 1, 16), 3, **options), torch.float64)
+    net[0].requires_grad_(False)
+    frozen = to_dtype(MAML(from_module(net, 1, 16), 3, **options), torch.float64)
+    assert [k for k in whole.theta if k not in held] == list(frozen.theta)
+    ep = noise(tasks=4)
+    expected = gradient(whole, ep)
+    found = meta_gradient(frozen, ep, plan=plan_for('cpu', plan)).grads
+    for name, grad in zip(frozen.theta, found):
+        assert torch.allclose(grad, expected[name], rtol=1e-8, atol=1e-12), name
+
+
 def test_a_dropped_trajectory_leaves_the_grad_mode_alone():
     m, ep = tiny(), noise()
     with torch.no_grad():

@@ -145,6 +145,31 @@ def test_a_module_that_nobody_registered_cannot_be_stored(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_frozen_weights_are_stored_and_handed_back(tmp_path, monkeypatch):
+    "Also where the function that makes the module draws others each time."
+    shape = dict(filters=4, trains=False)
+
+    def own(channels, size):
+        torch.seed()
+        first = torch.nn.Conv2d(channels, shape['filters'], 3, 2).requires_grad_(shape['trains'])
+        layers = first, torch.nn.Conv2d(shape['filters'], 2, 3, 2)
+        return from_module(torch.nn.Sequential(*layers), channels, size)
+
+    nets = Backbones('backbone')
+    nets.register('drawn_anew')(own)
+    monkeypatch.setitem(BACKBONES, 'drawn_anew', nets['drawn_anew'])
+    learner = MAML(BACKBONES['drawn_anew'](1, 28), 3, inner_lr=0.1)
+    save_learner(learner, tmp_path / 'x.safetensors')
+    again = load_learner(tmp_path / 'x.safetensors')
+    for name, value in learner.backbone.frozen.items():
+        assert torch.equal(again.backbone.frozen[name], value)
+    assert logits(again).equal(logits(learner))
+    for other in dict(filters=5), dict(trains=True):
+        shape |= dict(filters=4, trains=False) | other
+        with pytest.raises(BadLearner, match='x.safetensors: 2 frozen parameters were stored'):
+            load_learner(tmp_path / 'x.safetensors')
+
+
 def test_a_run_is_found_by_its_name(tmp_path, monkeypatch):
     place = tmp_path / 'runs' / 'table' / 'maml_seed0'
     save_learner(made('maml'), place / 'learner.safetensors')

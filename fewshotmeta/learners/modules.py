@@ -32,7 +32,7 @@ class ModuleBackbone:
         channels: int = 3,  # of the images
         size: int = 84,  # height and width of the images, pixels
     ):
-        self.module = deepcopy(module).train()
+        self.module = _own_copy(module).train()
         self.channels = channels
         self.size = size
         self._copies = {}
@@ -45,16 +45,84 @@ class ModuleBackbone:
         self.norm = Transductive() if norm_names else Unnormalised()
         names = [name for name, _ in self.module.named_parameters()]
         self.norm_names = frozenset(k for k in names if k.rpartition('.')[0] in norm_names)
-        with torch.no_grad():
-            images = torch.zeros(2, channels, size, size)
-            features = self._features(dict(self.module.named_parameters()), images)
-        self.out_features = features.shape[1]
+        self.out_features = self._try_out()
 
-    def __repr__(self):
-        values = b''.join(v.detach().cpu().numpy().tobytes() for v in self.module.parameters())
-        weights = hashlib.sha256(values).hexdigest()[:8]
-        shape = f'{self.channels}×{self.size}×{self.size}'
-        return f'ModuleBackbone({shape}, weights {weights}, {self.module!r})'
+# %% ../../nbs/learners/03_modules.ipynb #a83d52c6
+def _own_copy(module):
+    "A copy on the CPU in float32. Raises `ValueError` where there are no values to copy."
+    values = [*module.named_parameters(), *module.named_buffers()]
+    if empty := [name for name, value in values if value.is_meta]:
+        raise ValueError(
+            f'{len(empty)} of {len(values)} tensors of {type(module).__name__} are on the device '
+            f'"meta", which keeps no values (first: {empty[0]}): load the weights first'
+        )
+    return deepcopy(module).to('cpu', torch.float32)
+
+
+@patch
+@torch.no_grad()
+def _try_out(self: ModuleBackbone):
+    "The number of features; notes what is wrong with a single image, if anything."
+    weights, shape = self.init(), (self.channels, self.size, self.size)
+    self.alone = ''  # why one image cannot be a batch; empty: it can
+    try:
+        features = self._features(weights, torch.zeros(2, *shape))
+    except Exception as e:
+        raise ValueError(
+            f'channels={self.channels}, size={self.size}, but {type(self.module).__name__} fails '
+            f'on images of {shape}: {_first_line(e)}; give the channels and the size that it takes'
+        ) from e
+    try:
+        self._features(weights, torch.zeros(1, *shape))
+    except Exception as e:
+        self.alone = _first_line(e)
+    return features.shape[1]
+
+
+def _first_line(error):
+    "The first line of what somebody else's code complains of."
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+# %% ../../nbs/learners/03_modules.ipynb #0d7a41eb
+@patch
+def __repr__(self: ModuleBackbone):
+    values = b''.join(v.detach().numpy().tobytes() for v in self.module.parameters())
+    weights = hashlib.sha256(values).hexdigest()[:8]
+    frozen = ''
+    if self.frozen:
+        frozen = f', {len(self.frozen)} of {len(list(self.module.parameters()))} tensors frozen'
+    shape = f'{self.channels}×{self.size}×{self.size}'
+    return f'ModuleBackbone({shape}, weights {weights}{frozen}, {self.module!r})'
+
+# %% ../../nbs/learners/03_modules.ipynb #71fd08a9
+@patch(as_prop=True)
+def frozen(self: ModuleBackbone) -> dict[str, Tensor]:
+    "Give the parameters that stay as they are, by name."
+    own = self.module.named_parameters()
+    return {name: value.detach() for name, value in own if not value.requires_grad}
+
+
+@patch
+def take_frozen(
+    self: ModuleBackbone,
+    values: dict,  # name to tensor, of all frozen parameters
+) -> None:
+    "Take over the values of a file. Raises `ValueError` where other parameters are frozen here."
+    own, given = _shapes(self.frozen), _shapes(values)
+    if own != given:
+        odd = sorted(k for k in own | given if own.get(k) != given.get(k))
+        raise ValueError(
+            f'{len(given)} frozen parameters were stored, but the backbone freezes {len(own)} '
+            f'(first that differs: {odd[0]}): make it as it was'
+        )
+    for name, value in self.frozen.items():
+        value.copy_(values[name])
+    self._copies.clear()
+
+
+def _shapes(tensors):
+    "The shapes of tensors, by name."
+    return {name: tuple(value.shape) for name, value in tensors.items()}
 
 # %% ../../nbs/learners/03_modules.ipynb #565d113e
 @patch
@@ -62,8 +130,9 @@ def init(
     self: ModuleBackbone,
     gen: torch.Generator | None = None,  # unused: the module's weights are the start
 ) -> dict[str, Tensor]:
-    "Copy the module's own weights."
-    return {k: v.detach().clone() for k, v in self.module.named_parameters()}
+    "Copy the module's own weights, frozen ones apart."
+    own = self.module.named_parameters()
+    return {name: value.detach().clone() for name, value in own if value.requires_grad}
 
 
 @patch
@@ -96,7 +165,31 @@ def _features(self: ModuleBackbone, params, x):
     for name, value in module.named_buffers():
         dtype = x.dtype if value.is_floating_point() else value.dtype
         state[name] = value.to(dtype, copy=True)
-    return functional_call(module, (params, state), (x,)).flatten(1)
+    for name, value in module.named_parameters():
+        if not value.requires_grad:
+            state[name] = value.to(x.dtype)
+    features = functional_call(module, (params, state), (x,))
+    if not isinstance(features, Tensor) or features.shape[:1] != x.shape[:1]:
+        found = tuple(getattr(features, 'shape', ())) or f'a {type(features).__name__}'
+        raise ValueError(f'{len(x)} images give {found}: features are one tensor, a row an image')
+    return features.flatten(1)
+
+# %% ../../nbs/learners/03_modules.ipynb #58b3f7c2
+@patch
+def _check_batch(self: ModuleBackbone, x):
+    "Refuse images of another shape, and one image where the module needs more."
+    (n, *shape), expected = x.shape[1:], (self.channels, self.size, self.size)
+    if tuple(shape) != expected:
+        raise ValueError(
+            f'images of {tuple(shape)}, but the backbone takes {expected}: read them with '
+            f'channels={self.channels}, size={self.size}, or give from_module those of the images'
+        )
+    if n == 1 and self.alone:
+        raise ValueError(
+            f'1 image, but the module needs at least 2 at a time ({self.alone}): predict 2 queries '
+            'or more together, or wrap a module whose norm looks at one image (GroupNorm) or has '
+            'fixed statistics (torchvision.ops.FrozenBatchNorm2d)'
+        )
 
 
 @patch
@@ -108,7 +201,9 @@ def __call__(
     support: dict | None = None,  # nor this
 ) -> tuple[Tensor, dict]:  # features, (tasks, n, out_features), and no statistics
     "Features of a batch of tasks, one task after another."
-    shapes = {name: p.dim() for name, p in self.module.named_parameters()}
+    self._check_batch(x)
+    weights = self.module.named_parameters()
+    shapes = {name: p.dim() for name, p in weights if p.requires_grad}
     features = []
     for i in range(len(x)):
         own = {}

@@ -444,6 +444,11 @@ def _fitted(learner, train, valid, settings, checkpoint, progress, log):
         check_ways(learner, valid)
         check_one_number_of_ways(valid)
     params = list(learner.theta.values())
+    if not params:
+        raise ValueError(
+            f'{type(learner).__name__} has no parameter to train (are all of its network frozen?): '
+            'evaluate it as it is, or leave some with requires_grad'
+        )
     run = Run(learner, OPTIMIZERS[settings.optimizer](params, settings.meta_lr, settings.betas))
     config = settings.config(learner, train, valid)
     ranks = Ranks()

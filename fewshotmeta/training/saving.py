@@ -168,10 +168,16 @@ def save_learner(
     for i, one in enumerate(members):
         tensors |= {f'{i}/theta/{k}': v.detach().clone() for k, v in one.theta.items()}
         tensors |= {f'{i}/buffers/{k}': v.clone() for k, v in one.buffers.items()}
+        tensors |= {f'{i}/frozen/{k}': v.clone() for k, v in _frozen(one).items()}
     headers = [_as_header(one) for one in members]
     plugins = _plugins_in(headers)
     head = dict(format=LEARNER, card=asdict(card), members=headers, plugins=plugins)
     save_tensors(Path(path), 'learner', head, tensors)
+
+
+def _frozen(learner):
+    "What its network holds fixed, name to tensor; nothing but for a module with frozen weights."
+    return getattr(getattr(learner, 'backbone', None), 'frozen', {})
 
 
 _AS_IS = 'classes', 'images', 'ways', 'iterations', 'meta_batch'  # what is no text on a card
@@ -257,7 +263,20 @@ def _member(head, tensors):
         value = channels_last(value) if name in head['channels_last'] else value
         learner.theta[name] = value.requires_grad_()
     learner.buffers = under_prefix(tensors, 'buffers/')
+    frozen = under_prefix(tensors, 'frozen/')
+    if frozen or _frozen(learner):
+        _freeze(learner.backbone, frozen)
     return learner
+
+# %% ../../nbs/training/10_saving.ipynb #e2d48b06
+def _freeze(backbone, values):
+    "Give a network the weights that it holds fixed. Raises `BadLearner`."
+    if not hasattr(backbone, 'take_frozen'):
+        raise BadLearner(f'{len(values)} frozen weights, but {backbone!r} freezes none')
+    try:
+        backbone.take_frozen(values)
+    except ValueError as e:
+        raise BadLearner(str(e)) from e
 
 # %% ../../nbs/training/10_saving.ipynb #185fd537
 @patch
