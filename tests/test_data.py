@@ -188,6 +188,108 @@ def test_a_changed_folder_is_noticed(own_folder, own_cache):
         assert image_folder(own_folder, size=24).count.tolist() == [3, 5, 3, 3]
 
 
+def animation(file, frames=2, **how):
+    "A file of several frames, white ones but the first."
+    first, *others = [Image.new('L', (30, 30), 255 * (i > 0)) for i in range(frames)]
+    first.save(file, save_all=True, append_images=others, **how)
+
+
+def warnings_of(recorded):
+    "What was said of what a bank lacks."
+    return [str(w.message) for w in recorded if 'not everything is in the bank' in str(w.message)]
+
+
+def test_nothing_of_a_folder_vanishes_in_silence(own_folder, own_cache, recwarn):
+    for name in ('cats/b.heic', 'cats/a.avif', 'dogs/list.txt', 'fish/c.heic', 'stray.png'):
+        (own_folder / name).write_text('not looked into')
+    (own_folder / 'dogs' / 'broken link.png').symlink_to('nowhere')
+    write_images(own_folder / 'cats' / 'rejected')
+    (own_folder / 'new').mkdir()
+    animation(own_folder / 'fowl' / 'moving.gif')
+    (own_folder / '.hidden').mkdir()
+    (own_folder / 'cats' / '.DS_Store').write_text('')
+    bank = image_folder(own_folder, size=24)
+    assert bank.count.tolist() == [3, 3, 3, 4]
+    assert bank['fowl'][3].max() == 0  # its first frame
+    (said,) = warnings_of(recwarn)
+    listed = (
+        'files of a kind that is not read: 5 (cats/a.avif, cats/b.heic, dogs/broken link.png, …); '
+        'folders within a class, which are not looked into: 1 (cats/rejected); '
+        'files beside the class folders: 1 (stray.png); class folders without images: 1 (new)'
+    )
+    assert said.startswith(f'own: not everything is in the bank: {listed}')
+    assert said.endswith('; animations, read as their first frame: 1 (fowl/moving.gif)')
+    image_folder(own_folder, size=24)  # from the cache
+    assert warnings_of(recwarn)[1].endswith(listed)
+
+
+def test_a_whole_folder_is_read_without_a_word(own_folder, own_cache, recwarn):
+    "JPEG by its other name, and a phone's JPEG of two pictures, which is one photograph."
+    Image.new('RGB', (30, 20)).save(own_folder / 'cats' / 'z.jfif', 'JPEG')
+    animation(own_folder / 'dogs' / 'z.jpg', format='MPO')
+    assert image_folder(own_folder, size=24).count.tolist() == [4, 4, 3, 3]
+    assert not warnings_of(recwarn)
+
+
+def test_unreadable_files_are_counted_from_the_cache_as_well(own_folder, own_cache, recwarn):
+    (own_folder / 'dogs' / '9.jpg').write_bytes(b'broken')
+    with pytest.raises(BadImage, match='skip_unreadable=True leaves them out'):
+        image_folder(own_folder, size=24)
+    for expected in ('dogs/9.jpg: cannot identify', 'unreadable files: 1 (in dogs)'):
+        image_folder(own_folder, size=24, skip_unreadable=True)
+        assert expected in warnings_of(recwarn)[-1]
+
+
+def test_a_folder_of_folders_of_classes_says_what_is_there(own_folder, own_cache):
+    words = r'no class folders with images .*not looked into: 4 \(own/cats, own/dogs, own/fish, …'
+    with pytest.raises(DataMissing, match=words):
+        image_folder(own_folder.parent)
+
+
+def test_classes_that_are_too_small_are_left_out(own_folder, own_cache, recwarn):
+    write_images(own_folder / 'cats', n=5)
+    write_images(own_folder / 'fowl', n=6)
+    whole = image_folder(own_folder, size=24)
+    words = "= 5 images, but class 'dogs' of own has 3; 2 classes of 4 with fewer: .*min_images=5"
+    with pytest.raises(ValueError, match=words):
+        EpisodeSampler(whole, 2, 1, 4)
+    large = image_folder(own_folder, size=24, min_images=5)
+    assert large.classes == ['cats', 'fowl']
+    assert torch.equal(large['fowl'], whole['fowl'])
+    EpisodeSampler(large, 2, 1, 4)
+    (said,) = warnings_of(recwarn)
+    assert 'classes of fewer than min_images: 2 (dogs has 3, fish has 3)' in said
+    assert len(list(own_cache.rglob('*.safetensors'))) == 1
+    with pytest.raises(ValueError, match='min_images=7, but the largest class of own has 6'):
+        image_folder(own_folder, size=24, min_images=7)
+    with pytest.raises(ValueError, match='min_images=-1: expected'):
+        image_folder(own_folder, size=24, min_images=-1)
+
+
+def test_a_home_is_found_behind_its_tilde(own_folder, own_cache, monkeypatch):
+    home = own_folder.parent
+    monkeypatch.setenv('HOME', str(home))
+    own_folder.rename(home / 'train')
+    expected = image_folder(home / 'train', size=24).digest
+    assert image_folder('~/train', size=24).digest == expected
+    for name in ('~', '~/'):
+        assert load_data(name, 'train', size=24).digest == expected
+    assert data_root('~/data') == home / 'data'
+    monkeypatch.setenv('FEWSHOTMETA_DATA', '~/sets')
+    assert data_root() == home / 'sets'
+    monkeypatch.setenv('FEWSHOTMETA_CACHE', '~/kept')
+    assert cache_folder() == home / 'kept'
+
+
+def test_a_fingerprint_looks_into_folders(tmp_path):
+    write_images(tmp_path / 'a' / 'b', n=1)
+    file, whole = tmp_path / 'a' / 'b' / '0.png', fingerprint(tmp_path, [tmp_path / 'a'])
+    alone = fingerprint(tmp_path, [tmp_path / 'a'], inside=False)
+    file.write_bytes(file.read_bytes() + b' ')
+    assert fingerprint(tmp_path, [tmp_path / 'a']) != whole
+    assert fingerprint(tmp_path, [tmp_path / 'a'], inside=False) == alone
+
+
 # ---- data sets on generated trees
 def truncated(file):
     file.write_bytes(file.read_bytes()[:60])
@@ -245,6 +347,15 @@ def test_mini_imagenet_both_layouts(mini_trees, own_cache):
     by_csv, by_folder = mini_trees
     bank = mini_imagenet('test', root=by_csv)
     assert bank.digest == mini_imagenet('test', root=by_folder).digest
+
+
+def test_mini_imagenet_overwritten_in_place_is_noticed(mini_trees, own_cache):
+    for root in mini_trees:
+        before = mini_imagenet('test', root=root).digest
+        file = next(root.rglob('*.png'))
+        Image.new('RGB', (84, 84), 'red').save(file)  # the folder keeps its time
+        with pytest.warns(UserWarning, match='files that it was made from have changed'):
+            assert mini_imagenet('test', root=root).digest != before
 
 
 def test_mini_imagenet_of_another_split(mini_trees, own_cache):

@@ -1,8 +1,11 @@
 """Protocols: the same tasks for every method and seed, every learner by name, plugins."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import ROOT
+from house import codes_of, source
 from fewshotmeta.all import *
 from PIL import Image
 
@@ -106,9 +109,34 @@ def test_images_of_your_own_have_the_size_that_you_say(own_images):
     assert split_bank('glyphs', 'test', size=16, channels=3).images.shape[1:] == (3, 16, 16)
 
 
+def test_a_run_of_train_leaves_out_what_its_parameters_say(own_images, own_cache):
+    "The notebook's own cells, executed here: a class too small in each part, a broken file."
+    for part in PARTS:
+        folder = Path(own_images, part)
+        (folder / f'{part}0' / '2.png').unlink()
+        (folder / f'{part}1' / '3.png').write_text('broken')
+    cells = codes_of(ROOT / 'nbs' / 'experiments' / 'train.ipynb')
+    parameters, _, data = [source(c) for c in cells if not source(c).startswith('#|')][:3]
+    run = {}
+    exec(parameters, run)
+    assert (run['min_images'], run['skip_unreadable']) == (0, False)
+    run |= dict(data=own_images, n_way=2, n_query=2, test_query=2, size=16)
+    exec('from fewshotmeta.all import *\nimport torch', run)
+    with pytest.raises(BadImage, match='skip_unreadable=True leaves them out'):
+        exec(data, run)
+    run |= dict(skip_unreadable=True)
+    with pytest.raises(ValueError, match='1 class of 3 with fewer: .* min_images=3'):
+        exec(data, run)
+    run |= dict(min_images=3)
+    with pytest.warns(UserWarning, match='train0 has 2'):
+        exec(data, run)
+    assert [len(run[name].bank) for name in ('train', 'valid', 'test')] == [2, 2, 2]
+
+
 @pytest.mark.parametrize('data', ['omniglot', 'emnist'])
 def test_what_the_papers_fix_stays_so(data):
-    for name, value in dict(size=32, channels=3).items():
+    ways = dict(size=32, channels=3, min_images=9, skip_unreadable=True)
+    for name, value in ways.items():
         words = f'{name}={value}, but the papers fix how the images of {data} are read'
         with pytest.raises(ValueError, match=words):
             split_bank(data, 'test', **{name: value})

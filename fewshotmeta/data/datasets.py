@@ -138,7 +138,7 @@ def omniglot(
 # %% ../../nbs/data/05_datasets.ipynb #51b10f52
 def _omniglot_bank(base, folders, size, reading):
     "Take all 1,623 characters from the cache, or read them."
-    source = fingerprint(base, folders.values())
+    source = fingerprint(base, folders.values(), inside=False)
     made_from = dict(set='omniglot', root=str(base.resolve()), size=size, source=source, **reading)
 
     def build():
@@ -337,7 +337,7 @@ def load_data(
     if name in DATASETS:
         _check_options(name, options)
         return DATASETS[name](split, **options)
-    if os.sep in name or Path(name).is_dir():
+    if os.sep in name or Path(name).expanduser().is_dir():
         return image_folder(Path(name) / split, **options)
     known = ', '.join(map(repr, DATASETS))
     raise ValueError(

@@ -319,10 +319,16 @@ def _check_sizes(sampler):
         raise ValueError(f'n_way={n_way}, but {bank.name} has {bank.n_families} {of}')
     need = k_shot + n_query
     if (short := bank.count < need).any():
-        i = int(short.argmax())
+        i, n = int(short.argmax()), int(short.sum())
+        way_out = ''
+        if n < len(bank):
+            way_out = (
+                f'; {n} class{"es" * (n > 1)} of {len(bank)} with fewer: read a folder of your own '
+                f'without them, min_images={need}, or leave them out by bank.select'
+            )
         raise ValueError(
             f'k_shot={k_shot} + n_query={n_query} = {need} images, '
-            f'but class {bank.classes[i]!r} of {bank.name} has {bank.count[i]}'
+            f'but class {bank.classes[i]!r} of {bank.name} has {bank.count[i]}{way_out}'
         )
 
 # %% ../../nbs/data/06_episodes.ipynb #3e43493e

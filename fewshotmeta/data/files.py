@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 def cache_folder() -> Path:
     "Find the folder of cached banks: FEWSHOTMETA_CACHE, or one in the user's cache."
     if own := os.environ.get('FEWSHOTMETA_CACHE'):
-        return Path(own).absolute()
+        return Path(own).expanduser().absolute()
     usual = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
     return (Path(usual) / 'fewshotmeta').absolute()
 
@@ -33,7 +33,8 @@ def data_root(
     root=None,  # a folder, or none
 ) -> Path:
     "Find the folder of data sets: `root`, or FEWSHOTMETA_DATA, or one in the cache."
-    return Path(root or os.environ.get('FEWSHOTMETA_DATA') or cache_folder() / 'data').absolute()
+    found = root or os.environ.get('FEWSHOTMETA_DATA') or cache_folder() / 'data'
+    return Path(found).expanduser().absolute()
 
 # %% ../../nbs/data/00_files.ipynb #87445ef5
 @contextmanager

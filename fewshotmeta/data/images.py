@@ -68,9 +68,10 @@ def read_image(
     invert: bool = False,  # the opposite polarity
     squash: bool = False,  # squeeze the whole image into a square, instead of cutting one out
     expect: tuple | None = None,  # the (width, height) that the file must have
+    animated: list | None = None,  # is told the path of a file of several frames
 ) -> np.ndarray:  # (channels, size, size), uint8
     "Read one image as pixels. Raises `BadImage` with the file's name."
-    im = fit_image(_opened(path, channels, expect), size, resize, margin, squash)
+    im = fit_image(_opened(path, channels, expect, animated), size, resize, margin, squash)
     return _as_array(im, invert)
 
 
@@ -92,13 +93,16 @@ _UNREADABLE = (
 )
 
 
-def _opened(path, channels, expect):
-    "Open a file upright, in grey or RGB."
+def _opened(path, channels, expect, animated):
+    "Open a file upright, in grey or RGB: its first frame, if it has several."
     try:
         with Image.open(path) as im:
             if expect and im.size != expect:
                 (w, h), (width, height) = im.size, expect
                 raise BadImage(f'{path}: {w}×{h} pixels, expected {width}×{height}')
+            frames = im.format != 'MPO' and getattr(im, 'is_animated', False)  # MPO: one photograph
+            if animated is not None and frames:
+                animated.append(str(path))
             return _flatten_mode(ImageOps.exif_transpose(im), channels)
     except BadImage:
         raise
@@ -203,6 +207,7 @@ def build_bank(
     invert: bool = False,
     squash: bool = False,
     expect: tuple | None = None,
+    left_out: dict | None = None,  # is told what was skipped, by kind; none: a warning says it
 ) -> ImageBank:
     "Read the images of all classes. Raises `BadImage`."
     check_pixels(size, channels, resize, margin)
@@ -212,15 +217,19 @@ def build_bank(
     images = torch.empty(total, channels, size, size, dtype=torch.uint8)
     form = dict(resize=resize, margin=margin, invert=invert, squash=squash)
     pixels = dict(size=size, channels=channels, expect=expect)
-    count, bad = _read_into(images, files, name, pixels | form)
+    count, bad, animated = _read_into(images, files, name, pixels | form)
     if bad and not skip_unreadable:
         more = f'\n… and {len(bad) - 5} more' if len(bad) > 5 else ''
         named = '\n'.join(bad[:5]) + more
+        if left_out is not None:
+            named += '\nskip_unreadable=True leaves them out'
         raise BadImage(
             f'{name}: {len(bad)} of {total} files cannot be used, nothing was written:\n{named}'
         )
-    if bad:
-        warnings.warn(f'{name}: {len(bad)} of {total} files skipped: ' + '; '.join(bad[:5]))
+    told = {} if left_out is None else left_out
+    told |= dict(unreadable=bad, animated=animated)
+    if left_out is None:
+        _say_left_out(name, told)
     start, kept, names = np.cumsum(count) - count, np.flatnonzero(count), list(files)
     classes = [names[i] for i in kept]
     own = dict(name=name, reading=form)
@@ -228,24 +237,53 @@ def build_bank(
 
 # %% ../../nbs/data/03_images.ipynb #30094353
 def _read_into(images, files, name, reading):
-    "Read all files into one array; how many a class has, and what is wrong with the others."
-    at, count, bad, total = 0, [], [], len(images)
+    "Read all files into one array; how many a class has, what is unreadable, what is animated."
+    at, count, bad, animated, total = 0, [], [], [], len(images)
     look = dict(unit='image', delay=1, mininterval=1, leave=False)
     with tqdm(total=total, desc=f'building {name}', **look) as bar:
         for paths in files.values():
             first = at
             for path in paths:
                 try:
-                    images[at] = torch.from_numpy(read_image(path, **reading).copy())
+                    pixels = read_image(path, **reading, animated=animated)
+                    images[at] = torch.from_numpy(pixels.copy())
                     at += 1
                 except BadImage as e:
                     bad.append(str(e))
                 bar.update()
             count.append(at - first)
-    return np.array(count), bad
+    return np.array(count), bad, ['/'.join(Path(path).parts[-2:]) for path in animated]
+
+# %% ../../nbs/data/03_images.ipynb #4ce1f86a
+_KINDS = dict(
+    unknown='files of a kind that is not read',
+    nested='folders within a class, which are not looked into',
+    stray='files beside the class folders',
+    empty='class folders without images',
+    small='classes of fewer than min_images',
+    unreadable='unreadable files',
+    animated='animations, read as their first frame',
+)
+
+
+def _summed_up(left_out):
+    "What was left out, by kind: how many, and the first three names."
+    parts = []
+    for kind, words in _KINDS.items():
+        if names := left_out.get(kind):
+            more = ', …' if len(names) > 3 else ''
+            parts.append(f'{words}: {len(names)} ({", ".join(names[:3])}{more})')
+    return '; '.join(parts)
+
+
+def _say_left_out(name, left_out):
+    "Warn of what is not in a bank, if there is anything."
+    if said := _summed_up(left_out):
+        warnings.warn(f'{name}: not everything is in the bank: {said}')
 
 # %% ../../nbs/data/03_images.ipynb #a004a87f
-IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
+IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.jfif', '.bmp', '.gif', '.tif', '.tiff', '.webp')
+IMAGE_SUFFIXES += ('.ppm', '.pgm')
 
 
 def class_folders(path) -> list[str]:
@@ -262,13 +300,65 @@ def images_in(path) -> list[str]:
 def fingerprint(
     root,  # the folder that names are relative to
     paths,  # files or folders
+    inside: bool = True,  # count each file in a folder; else the folder alone, which is faster
 ) -> str:  # hexadecimal, 16 digits
     "Fingerprint names, sizes and times."
     rows = []
     for path in paths:
-        found = os.stat(path)
-        rows.append(f'{os.path.relpath(path, root)} {found.st_size} {found.st_mtime_ns}')
+        for file in _files_in(path) if inside and os.path.isdir(path) else [path]:
+            found = os.stat(file)
+            rows.append(f'{os.path.relpath(file, root)} {found.st_size} {found.st_mtime_ns}')
     return hashlib.sha256('\n'.join(rows).encode()).hexdigest()[:16]
+
+
+def _files_in(folder):
+    "The paths of all files in a folder and the folders in it, in a fixed order."
+    for path, folders, files in os.walk(folder):
+        folders.sort()
+        yield from (os.path.join(path, file) for file in sorted(files))
+
+# %% ../../nbs/data/03_images.ipynb #6d18f2c4
+def _look_around(path):
+    "What a folder of class folders holds: the images of each class, and what is left out by kind."
+    files, left_out = {}, dict(unknown=[], nested=[], empty=[])
+    left_out['stray'] = [entry.name for entry in _entries(path) if entry.is_file()]
+    for c in class_folders(path):
+        files[c] = images_in(path / c)
+        for entry in _entries(path / c):
+            if entry.is_dir():
+                left_out['nested'].append(f'{c}/{entry.name}')
+            elif not (entry.is_file() and entry.name.lower().endswith(IMAGE_SUFFIXES)):
+                left_out['unknown'].append(f'{c}/{entry.name}')
+        if not files[c]:
+            left_out['empty'].append(c)
+    return {c: paths for c, paths in files.items() if paths}, left_out
+
+
+def _entries(path):
+    "What is in a folder, sorted, hidden things left out."
+    shown = {e.name: e for e in os.scandir(path) if not e.name.startswith('.')}
+    return [shown[name] for name in sorted(shown)]
+
+# %% ../../nbs/data/03_images.ipynb #08bd64c9
+def _note_unreadable(files, bank, left_out):
+    "Note the files that a bank from the cache lacks; one that was just built has named them."
+    if 'unreadable' in left_out:
+        return
+    have = dict(zip(bank.classes, bank.count))
+    lacking = {c: len(paths) - have.get(c, 0) for c, paths in files.items()}
+    left_out['unreadable'] = [f'in {c}' for c, n in lacking.items() for _ in range(n)]
+
+
+def _large_enough(bank, min_images, left_out):
+    "The classes of enough images; the others are noted."
+    check_size('min_images', min_images, 0)
+    small = {c: int(n) for c, n in zip(bank.classes, bank.count) if n < min_images}
+    if len(small) == len(bank):
+        raise ValueError(
+            f'min_images={min_images}, but the largest class of {bank.name} has {bank.count.max()}'
+        )
+    left_out['small'] = [f'{c} has {n}' for c, n in small.items()]
+    return bank.select([c for c in bank.classes if c not in small]) if small else bank
 
 # %% ../../nbs/data/03_images.ipynb #dbbbc042
 def image_folder(
@@ -278,22 +368,28 @@ def image_folder(
     resize: str = 'bilinear',  # filter
     invert: bool = False,  # the opposite polarity
     skip_unreadable: bool = False,  # leave unreadable files out with a warning
+    min_images: int = 0,  # leave classes of fewer images out with a warning
 ) -> ImageBank:
     "Read anyone's folder of class folders. Raises `DataMissing`, `BadImage`, `ValueError`."
     check_pixels(size, channels, resize)
-    path = Path(path).resolve()
+    path = Path(path).expanduser().resolve()
     if not path.is_dir():
         raise DataMissing(f'{path} is not a folder: expected one folder of images a class in it')
-    files = {c: images_in(path / c) for c in class_folders(path)}
-    files = {c: paths for c, paths in files.items() if paths}
+    files, left_out = _look_around(path)
     if not files:
-        raise DataMissing(f'{path} has no class folders with images ({", ".join(IMAGE_SUFFIXES)})')
+        found = _summed_up(left_out) or 'it is empty'
+        known = ', '.join(IMAGE_SUFFIXES)
+        raise DataMissing(f'{path} has no class folders with images ({known}): {found}')
     source = fingerprint(path, [f for paths in files.values() for f in paths])
     reading = dict(resize=resize, invert=invert, skip_unreadable=skip_unreadable)
     pixels = dict(size=size, channels=channels, **reading)
     made_from = dict(set='folder', root=str(path), source=source, **pixels)
 
     def build():
-        return build_bank(files, name=path.name, **pixels)
+        return build_bank(files, name=path.name, left_out=left_out, **pixels)
 
-    return cached(made_from, build)
+    bank = cached(made_from, build)
+    _note_unreadable(files, bank, left_out)
+    bank = _large_enough(bank, min_images, left_out)
+    _say_left_out(path.name, left_out)
+    return bank

@@ -67,6 +67,8 @@ def split_bank(
     device: str = 'cpu',  # where its images lie
     size: int = 0,  # height and width of images of your own, pixels; 0: the loader's
     channels: int = 0,  # 1 grey, 3 RGB, of images of your own; 0: the loader's
+    min_images: int = 0,  # of your own: leave classes of fewer images out; 0: keep all
+    skip_unreadable: bool = False,  # of your own: leave unreadable files out
 ) -> ImageBank | None:  # none: the data set has no validation classes
     "Load the classes of one part. Raises `ValueError` where there are no training or test classes."
     pick('protocol', protocol, SETTINGS)
@@ -83,20 +85,22 @@ def split_bank(
         raise ValueError(
             f'{data} has no {part} classes under protocol={protocol!r}: choose another {other}'
         )
-    _check_free(data, size=size, channels=channels)
+    own = dict(size=size, channels=channels)
+    own |= dict(min_images=min_images, skip_unreadable=skip_unreadable)
+    _check_free(data, **own)
     options = dict(omniglot=fixed.omniglot, emnist=fixed.emnist).get(data, {})
-    options = options | {k: v for k, v in dict(size=size, channels=channels).items() if v}
+    options = options | {k: v for k, v in own.items() if v}
     bank = load_data(data, split, **options)
     return bank if device == 'cpu' else bank.to(device)
 
 # %% ../../nbs/lab/16_protocols.ipynb #84ce0f3b
-def _check_free(data, **pixels):
-    "Refuse another size or number of channels for images that the papers fix."
-    for name, value in pixels.items():
+def _check_free(data, **own):
+    "Refuse another way to read images that the papers fix."
+    for name, value in own.items():
         if value and DATASETS.notes.get(data, {}).get('fixed'):
             raise ValueError(
                 f'{name}={value}, but the papers fix how the images of {data} are read: leave '
-                f'{name}=0, which is for other data and for images of your own'
+                f'{name}={type(value)()}, which is for other data and for images of your own'
             )
 
 # %% ../../nbs/lab/16_protocols.ipynb #93a13043
@@ -134,6 +138,8 @@ def samplers(
     device: str = 'cpu',  # where the images lie
     size: int = 0,  # height and width of images of your own, pixels; 0: the loader's
     channels: int = 0,  # 1 grey, 3 RGB, of images of your own; 0: the loader's
+    min_images: int = 0,  # of your own: leave classes of fewer images out; 0: keep all
+    skip_unreadable: bool = False,  # of your own: leave unreadable files out
 ) -> Tasks:
     "Make the samplers of an experiment. Raises `ValueError`, `BadData` as the data sets do."
     if len(train_ways) not in (0, 2):
@@ -142,7 +148,7 @@ def samplers(
             'the fewest and the most classes of a training task, say [2, 10]'
         )
     sources = data, test_data or data, test_data or data
-    asked = protocol, device, size, channels
+    asked = protocol, device, size, channels, min_images, skip_unreadable
     bank, *others = (split_bank(name, part, *asked) for name, part in zip(sources, PARTS))
     looks = looks_of(bank, protocol)
     augmented = dict(augment=CloserLook()) if augment else {}
