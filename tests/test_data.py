@@ -349,6 +349,45 @@ def test_mini_imagenet_both_layouts(mini_trees, own_cache):
     assert bank.digest == mini_imagenet('test', root=by_folder).digest
 
 
+def moved(images, form):
+    "Move a csv's images to where `form` has them."
+    for c in splits('mini_imagenet')['test']:
+        for file in sorted(images.glob(f'{c}*')):
+            there = images / form.format(label=c, filename=file.name)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(there)
+
+
+@pytest.mark.parametrize('form', ['{label}/{filename}', 'images/{filename}'])
+def test_mini_imagenet_of_a_spreadsheet_with_nested_images(mini_trees, own_cache, form):
+    by_csv, by_folder = mini_trees
+    base = by_csv / 'mini-imagenet'
+    (base / 'test.csv').write_text((base / 'test.csv').read_text(), encoding='utf-8-sig')
+    moved(base / 'images', form)
+    bank = mini_imagenet('test', root=by_csv)
+    assert bank.digest == mini_imagenet('test', root=by_folder).digest
+
+
+@pytest.mark.parametrize('place', ['.', 'images'])
+def test_mini_imagenet_of_class_folders_without_a_split(mini_trees, own_cache, place):
+    "And what else lies beside them is not looked at, nor do the other splits have any."
+    _, by_folder = mini_trees
+    expected, base = mini_imagenet('test', root=by_folder), by_folder / 'mini-imagenet'
+    (base / place).mkdir(exist_ok=True)
+    for folder in sorted((base / 'test').iterdir()):
+        folder.rename(base / place / folder.name)
+    (base / 'test').rmdir()
+    (base / place / 'notes').mkdir()
+    assert mini_imagenet('test', root=by_folder).digest == expected.digest
+    with pytest.raises(DataMissing, match='which holds [a-z0-9]+/'):
+        mini_imagenet('val', root=by_folder)
+    for folder in (base, base / place):
+        if (gone := folder / splits('mini_imagenet')['test'][3]).is_dir():
+            gone.rename(folder / 'elsewhere')
+    with pytest.raises(DataMissing, match='1 classes differ'):
+        mini_imagenet('test', root=by_folder)
+
+
 def test_mini_imagenet_overwritten_in_place_is_noticed(mini_trees, own_cache):
     for root in mini_trees:
         before = mini_imagenet('test', root=root).digest

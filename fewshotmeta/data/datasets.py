@@ -45,7 +45,7 @@ HOW_TO_GET = dict(
         "its images are ImageNet's and are not ours to hand out: put train.csv, val.csv, test.csv "
         '(filename,label; the split of Ravi and Larochelle) and images/*.jpg into '
         '{0}/mini-imagenet, or one folder of images a class as '
-        '{0}/mini-imagenet/{{train,val,test}}/CLASS'
+        '{0}/mini-imagenet/{{train,val,test}}/CLASS or all 100 as {0}/mini-imagenet/CLASS'
     ),
     cub=(
         'get CUB_200_2011.tgz (1.1 GB, data.caltech.edu/records/65de6-vp158) and unpack it, '
@@ -55,11 +55,23 @@ HOW_TO_GET = dict(
 
 # %% ../../nbs/data/05_datasets.ipynb #db089392
 def _missing(name, root):
-    "Say where a data set was looked for, and how to get it."
+    "Say where a data set was looked for, what is there, and how to get it."
+    place = f'{root}/{WHERE[name]}'
     return DataMissing(
-        f'{name} is not under {root}/{WHERE[name]} (the data root: an argument, '
+        f'{name} is not under {place}{_in_it(Path(place))} (the data root: an argument, '
         f'FEWSHOTMETA_DATA, or the cache). To get it: {HOW_TO_GET[name].format(root)}'
     )
+
+
+def _in_it(folder):
+    "What a folder holds, in a few words; nothing of one that is not there."
+    if not folder.is_dir():
+        return ''
+    names = sorted(e.name + ('/' if e.is_dir() else '') for e in os.scandir(folder))
+    if not names:
+        return ', which is empty'
+    more = f' and {len(names) - 4} more' if len(names) > 4 else ''
+    return f', which holds {", ".join(names[:4])}{more}'
 
 
 def _download(name, root, get):
@@ -229,17 +241,31 @@ def emnist(
     return bank.with_channels(channels)
 
 # %% ../../nbs/data/05_datasets.ipynb #6d70fa53
+def _mini_place(base, split):
+    "The folder whose folders are the classes of a split; none: a csv names them, or nothing."
+    if (base / split).is_dir():
+        return base / split
+    if (base / f'{split}.csv').is_file():
+        return None
+    known = splits('mini_imagenet')[split]
+    places = base, base / 'images'  # all 100 classes side by side
+    return next((p for p in places if any((p / c).is_dir() for c in known)), None)
+
+
 def _has_mini_imagenet(root, split='train'):
     base = root / 'mini-imagenet'
-    return (base / split).is_dir() or (base / f'{split}.csv').is_file()
+    return bool(_mini_place(base, split)) or (base / f'{split}.csv').is_file()
 
 
 def _mini_files(base, split, classes):
-    "Map each class of a split to its files, in either layout."
-    if (base / split).is_dir():
-        found = {c: images_in(base / split / c) for c in class_folders(base / split)}
-    else:
+    "Map each class of a split to its files, in any layout."
+    place = _mini_place(base, split)
+    if place is None:
         found = _mini_files_of_csv(base, split, classes)
+    else:
+        own = place == base / split  # the split's own, and nothing else is in it
+        folders = [c for c in class_folders(place) if own or c in classes]
+        found = {c: images_in(place / c) for c in folders}
     if set(found) != set(classes) or not all(found.values()):
         odd = sorted(set(found) ^ set(classes)) or [c for c in found if not found[c]]
         raise DataMissing(
@@ -248,17 +274,26 @@ def _mini_files(base, split, classes):
         )
     return {c: found[c] for c in classes}
 
-
+# %% ../../nbs/data/05_datasets.ipynb #6d70fa54
 def _mini_files_of_csv(base, split, classes):
     "Map each class that a csv file names to its files."
-    with open(base / f'{split}.csv', newline='') as f:
+    # a spreadsheet begins its file with a byte order mark
+    with open(base / f'{split}.csv', newline='', encoding='utf-8-sig') as f:
         rows = list(csv.DictReader(f))
     if not rows or not {'filename', 'label'} <= set(rows[0]):
         raise BadImage(f'{base}/{split}.csv: expected the columns filename,label')
+    form = _csv_form(base / 'images', rows[0])
     found = {c: [] for c in classes}
     for row in rows:
-        found.setdefault(row['label'], []).append(str(base / 'images' / row['filename']))
+        path = base / 'images' / form.format_map(row)
+        found.setdefault(row['label'], []).append(str(path))
     return found
+
+
+def _csv_form(images, row):
+    "How the path of an image in the folder `images` is made of a row, as the first row shows."
+    forms = '{filename}', '{label}/{filename}', 'images/{filename}', 'images/{label}/{filename}'
+    return next((f for f in forms if (images / f.format_map(row)).is_file()), forms[0])
 
 # %% ../../nbs/data/05_datasets.ipynb #ee70f521
 @DATASETS.register('mini_imagenet')
@@ -276,16 +311,17 @@ def mini_imagenet(
     root = data_root(root)
     if not _has_mini_imagenet(root, split):
         raise _missing('mini_imagenet', root)
-    base = root / 'mini-imagenet'
-    sources = [base / f'{split}.csv', base / 'images']
-    if (base / split).is_dir():
-        sources = [base / split / c for c in class_folders(base / split)]
+    base, classes = root / 'mini-imagenet', splits('mini_imagenet')[split]
+    place, sources = _mini_place(base, split), [base / f'{split}.csv', base / 'images']
+    if place is not None:
+        own = place == base / split
+        sources = [place / c for c in class_folders(place) if own or c in classes]
     source = fingerprint(base, sources)
     reading = dict(size=size, resize=resize, margin=margin, squash=squash)
     where = dict(split=split, root=str(base.resolve()), source=source)
 
     def build():
-        files = _mini_files(base, split, splits('mini_imagenet')[split])
+        files = _mini_files(base, split, classes)
         return build_bank(files, channels=3, name=f'mini_imagenet {split}', **reading)
 
     return cached(dict(set='mini_imagenet', **where, **reading), build)
