@@ -343,8 +343,14 @@ def plain_value(value):
     if isinstance(value, partial):
         given = {k: plain_value(v) for k, v in value.keywords.items()}
         return f'partial({plain_value(value.func)}, {[*map(plain_value, value.args)]}, {given})'
-    code = value if isinstance(value, FunctionType) else getattr(type(value), '__call__', None)
-    name = getattr(value, '__name__', None) or _shown(value)
+    named = getattr(value, '__name__', None)
+    if isinstance(value, FunctionType):
+        code = value
+    elif named:  # a class, or an object that its user has named
+        return named
+    else:
+        code = getattr(type(value), '__call__', None)
+    name = named or _shown(value)
     if not isinstance(code, FunctionType) or f'{code.__module__}.'.startswith('fewshotmeta.'):
         return name
     return f'{name} {_code_digest(code)}'
