@@ -3,9 +3,14 @@ PYTHON ?= python3
 # what `pip install` is given for PyTorch; the small one without CUDA is
 #   TORCH="torch torchvision --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch torchvision
+# a file of exact versions, say .github/constraints.txt, with which the tests pass; none: the newest.
+# With it, PyTorch's own index must stand beside the usual one, since it lacks most versions:
+#   TORCH="torch torchvision --extra-index-url https://download.pytorch.org/whl/cpu"
+CONSTRAINTS ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PIP := $(BIN)/pip install --disable-pip-version-check -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS),)
 # small tensors, and worker threads of our own: one arithmetic thread each; where there are more,
 # one that waits leaves the core to others
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
@@ -72,10 +77,10 @@ notebooks: $(READY)
 pytest: $(READY)
 	$(ONE_THREAD) $(BIN)/pytest -n 4 --dist loadgroup --ignore tests/test_site.py
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "fewshotmeta needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check -q $(TORCH)
-	$(BIN)/pip install --disable-pip-version-check -q -e '.[dev,docs]'
+	$(PIP) $(TORCH)
+	$(PIP) -e '.[dev,docs]'
 	touch $@

@@ -12,7 +12,7 @@ from fewshotmeta.data.files import locked, read_json, write_json
 from fewshotmeta.lab.batches import Planned
 from fewshotmeta.lab.command import main
 from fewshotmeta.lab.execution import RunFailed
-from fewshotmeta.lab.locks import hold_run, marker
+from fewshotmeta.lab.locks import failure_record, hold_run, last_failure, marker, read_marker
 from fewshotmeta.lab.results import all_results
 from fewshotmeta.lab.runs import CodeChanged, begun_by, changed_since_begun, folder_anew, settle_run
 from fewshotmeta.lab.states import describe_state, state_of
@@ -176,6 +176,20 @@ def test_what_has_no_result_is_begun_anew_and_then_continues(tmp_path):
     result = run(nb, dict(stop=True), force=True)
     assert result['metrics']['first']['mean'] == 50
     assert 'resumed_with' not in result
+
+
+def test_runs_whose_names_are_alike_do_not_meet(tmp_path):
+    "What is known of `a` is not taken for what is known of `a.failed`."
+    names = 'a', 'a.failed', 'a.job', 'a.lock', 'a.json', 'a.failed.json'
+    kinds = 'json', 'lock', 'failed.json', 'job.json'
+    paths = [marker(tmp_path, 'demo', name, kind) for name in names for kind in kinds]
+    assert len(set(paths)) == len(names) * len(kinds)
+    write_json(marker(tmp_path, 'demo', 'a', 'failed.json'), failure_record('raised', 'no'))
+    assert read_marker(tmp_path, 'demo', 'a.failed') == {}
+    with hold_run(tmp_path, 'demo', 'a.failed', {}):
+        pass
+    assert last_failure(tmp_path, 'demo', 'a')['error'] == 'no'
+    assert last_failure(tmp_path, 'demo', 'a.failed') == {}
 
 
 def test_one_that_is_being_made_again_is_running(finished):

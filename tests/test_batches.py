@@ -296,18 +296,59 @@ def test_a_grid_that_cannot_be_used(batch, runs, doc, words):
 
 
 def test_numbers_of_yaml_are_those_of_python(batch, tmp_path):
-    "`010` is no eight, `1:30` no ninety; both are text, and text is no number."
+    "`010` is no eight, `1:30` no ninety, `on` no truth; all are text, and text is no number."
     path = batch(dict(a={}))
     text = path.read_text()
-    for word in ('010', '1:30', '1:30.5', '.inf', '2001-01-01'):
+    for word in ('010', '1:30', '1:30.5', '2001-01-01', 'on', 'off', 'yes', 'No', '.inf', '-.NaN'):
         path.write_text(text.replace('a: {}', f'a: {{x: {word}}}'))
-        with pytest.raises(BadBatch, match=f"x='{word}': expected int"):
+        with pytest.raises(BadBatch, match=f"x='?{word}'?: expected (int|a finite number)"):
             planned(path)
         path.write_text(text.replace('a: {}', f'a: {{name: {word}}}'))
         assert values(path, 'name') == [(word,)]
     for word, value in {'1e3': 1000, '2.0': 2, '1_000': 1000, '0x10': 16, '-3': -3}.items():
         path.write_text(text.replace('a: {}', f'a: {{x: {word}}}'))
         assert values(path, 'x') == [(value,)]
+
+
+KINDS = 'x = 2\nlr = 0.1\nmaybe = None\nflag = False\nways = [2, 5]\nwords = ["a"]\nseed = 0'
+
+
+@pytest.mark.parametrize(
+    'given,words',
+    [
+        ('flag: yes', "flag='yes': expected bool"),
+        ('flag: on', "flag='on': expected bool"),
+        ('flag: 1', 'flag=1: expected bool'),
+        ('lr: .nan', 'lr=.nan: expected a finite number'),
+        ('lr: 1e999', 'lr=inf: expected a finite number'),
+        ('maybe: .inf', 'maybe=.inf: expected a finite number'),
+        ('maybe: "nan"', 'maybe=nan: expected a finite number'),
+        ('ways: [2, .inf]', 'ways=.inf: expected a finite number'),
+        ('ways: [2, 1e999]', 'ways=inf: expected a finite number'),
+        ('words: !!set {a, b}', 'words={.*: expected a number, text'),
+        ('words: [!!binary eA==]', "words=b'x': expected a number, text"),
+        (f'x: {"9" * 400}', 'x=…: expected a finite number'),
+        (f'x: {"9" * 400}x', 'x=9+: no finite number is 2 times that'),
+        (f'lr: {"9" * 400}x', 'lr=9+: no finite number is 0.1 times that'),
+        (f'x: {"9" * 30}x', 'x=9+x: 2e.30 is more than a whole number may be'),
+        ('maybe: 2x\nx: {a: 1}', "x={'a': 1}: expected int"),
+    ],
+)
+def test_values_of_yaml_that_are_none(batch, given, words):
+    path = batch(dict(a={}), parameters=KINDS)
+    for form in 'runs: {a: {%s}}', 'common: {%s}\nruns: {a: }':
+        path.write_text('experiment: exp.ipynb\n' + form % given.replace('\n', ', '))
+        with pytest.raises(BadBatch, match=words):
+            planned(path)
+
+
+def test_values_of_yaml_as_on_the_command_line(batch):
+    path = batch(dict(a={}), parameters=KINDS)
+    given = 'flag: true, x: 1e5, ways: [1e1, 0x10, 3], words: [no, 1e5], maybe: off, lr: 2x'
+    path.write_text(f'experiment: exp.ipynb\nruns: {{a: {{{given}}}}}')
+    (found,) = values(path, 'flag', 'x', 'ways', 'words', 'maybe', 'lr')
+    assert found == (True, 100_000, [10, 16, 3], ['no', '1e5'], 'off', 0.2)
+    assert [type(value) for value in (found[1], *found[2])] == [int] * 4
 
 
 @pytest.mark.parametrize(

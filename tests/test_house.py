@@ -3,6 +3,7 @@
 import ast
 import configparser
 import importlib
+import itertools
 import json
 import re
 import shutil
@@ -310,3 +311,28 @@ def test_result_files_are_not_notebooks_of_this_machine():
     for path in NOTEBOOKS:
         metadata = json.loads(path.read_text())['metadata']
         assert set(metadata) <= {'kernelspec', 'language_info'}, (path, metadata)
+
+
+def test_workflows_use_what_was_looked_at():
+    "Actions by their commit, packages by the constraints, rights for what a job does."
+    import yaml
+
+    for path in (ROOT / '.github' / 'workflows').glob('*.yml'):
+        doc = yaml.safe_load(path.read_text())
+        steps = itertools.chain(*(job['steps'] for job in doc['jobs'].values()))
+        used = [step['uses'] for step in steps if 'uses' in step]
+        assert all(re.fullmatch(r'[\w-]+/[\w-]+@[0-9a-f]{40}', one) for one in used), (path, used)
+        assert (ROOT / doc['env']['CONSTRAINTS']).is_file()
+        assert set(doc['permissions'].values()) <= {'read'}, path
+
+
+def test_constraints_fit_what_the_project_asks_for():
+    from packaging.requirements import Requirement
+
+    lines = (ROOT / '.github' / 'constraints.txt').read_text().splitlines()
+    pins = dict(line.split('==') for line in lines if not line.startswith('#'))
+    assert not [pin for pin in pins.items() if '+' in pin[1] or pin[0].startswith('nvidia')]
+    optional = project()['optional-dependencies']
+    asked = [*project()['dependencies'], *optional['nbdev'], *optional['docs']]
+    for need in map(Requirement, asked):
+        assert need.specifier.contains(pins[need.name.lower()]), need

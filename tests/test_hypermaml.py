@@ -433,7 +433,7 @@ def test_out_scale_starts_with_no_change():
         ),
         (
             lambda s: HyperMAML(conv4(size=16), 5).adapt(s(n_way=7)[0:2].xs, s(n_way=7)[0:2].ys),
-            'label 6 in ys',
+            'labels 0 … 6 in ys',
         ),
         (lambda s: Switch(50, 500, 550), 'warm=50 . over=500 = 550 epochs, but the run has 550'),
         (lambda s: Switch(mode='mix'), "mode='mix'.*'loss_mix'"),

@@ -358,7 +358,7 @@ def test_support_statistics_keep_no_graph_and_work_in_first_order():
         (lambda: MAML(conv4(), 5, inner_lr=0.0), 'inner_lr=0.0'),
         (lambda: MAML(conv4(), 5, order=0), 'order=0'),
         (lambda: MAML(conv4(), 5, reduction='sum'), "reduction='sum'"),
-        (lambda: tiny().adapt(noise(n_way=4).xs, noise(n_way=4).ys), 'label 3 in ys.*n_way=3'),
+        (lambda: tiny().adapt(noise(n_way=4).xs, noise(n_way=4).ys), 'labels 0 … 3 in ys.*n_way=3'),
         (lambda: tiny().adapt(noise().xs[0], noise().ys), 'expected .tasks'),
         (
             lambda: tiny(norm_steps=3).adapt(noise().xs, noise().ys, 4),

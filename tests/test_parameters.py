@@ -120,6 +120,37 @@ def test_a_number_that_json_lacks_is_refused_by_any_spelling(text):
             parse_value(Parameter('lr', default), '[1, 1e999]')
 
 
+@pytest.mark.parametrize('word', ['inf', '-Infinity', 'nan', ' NaN ', '.inf', '-.inf', '.NaN'])
+def test_infinity_in_words_is_refused_but_as_text(word):
+    for default, text in ((0.1, word), (1, word), (None, word), ([1.0], f'2,{word}'), ([], word)):
+        with pytest.raises(BadParameters, match='lr=.*(a finite number|a list is written)'):
+            parse_value(Parameter('lr', default), text)
+    for default, value in ((None, word), (None, [word]), ([2], [1, word])):
+        with pytest.raises(BadParameters, match='lr=.*: expected a finite number'):
+            merge_parameters(dict(lr=Parameter('lr', default)), dict(lr=value))
+    assert parse_value(Parameter('name', 'a'), word) == word
+    assert parse_value(Parameter('names', ['a']), word) == [word.strip()]
+
+
+def test_a_list_of_whole_numbers_has_whole_numbers():
+    found = parse_value(Parameter('ways', [2, 5]), '1e1,3')
+    assert found == [10, 3]
+    assert [type(item) for item in found] == [int, int]
+    assert parse_value(Parameter('ways', [2, 5]), '0.5,3') == [0.5, 3]
+
+
+@pytest.mark.parametrize('text', ['[b"x"]', '{1, 2}', '[{1}]', '[1j]', '[...]', '9' * 400])
+def test_what_no_list_can_hold(text):
+    with pytest.raises(BadParameters, match='words=.*expected (a number, text|list|a finite)'):
+        parse_value(Parameter('words', [1]), text)
+
+
+def test_a_number_too_long_to_be_written():
+    for text in ('9' * 400, '9' * 5000, '0x' + 'f' * 10_000):
+        with pytest.raises(BadParameters, match='n=.*expected (a finite number|int)'):
+            parse_value(Parameter('n', 1), text)
+
+
 @pytest.mark.parametrize(
     'default,text,value',
     [

@@ -177,23 +177,44 @@ def test_default_names_are_names(values):
 
 
 # ---- JSON and YAML
+finite = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=20)
+    | st.floats(allow_nan=False, allow_infinity=False),
+    lambda s: st.lists(s, max_size=4) | st.dictionaries(st.text(max_size=8), s, max_size=4),
+    max_leaves=12,
+)
+
+
 def as_text(values):
     "The JSON that a seal is a digest of."
     return json.dumps({k: v for k, v in values.items() if k != 'sha256'}, sort_keys=True)
 
 
 @often
-@given(st.dictionaries(st.text(max_size=8), plain, max_size=6), st.data())
+@given(st.dictionaries(st.text(max_size=8), finite, max_size=6), st.data())
 def test_sealed_values(tmp_path, values, data):
     "What is sealed and written is read again, and any other value under the same seal is refused."
     path = tmp_path / 'x.json'
     write_json(path, values)
     want = {k: v for k, v in values.items() if k != 'sha256'}
     assert read_json(path) == json.loads(json.dumps(want))
-    other = data.draw(st.dictionaries(st.text(max_size=8), plain, max_size=6))
+    other = data.draw(st.dictionaries(st.text(max_size=8), finite, max_size=6))
     if as_text(other) != as_text(want):
         with pytest.raises(BadFile):
             unseal(other | dict(sha256=seal(values)['sha256']), '')
+
+
+@often
+@given(finite, st.sampled_from([float('inf'), -float('inf'), float('nan')]), st.booleans())
+def test_what_json_has_no_word_for(tmp_path, value, bad, deep):
+    "Neither written, nor read where somebody else wrote it."
+    path, values = tmp_path / 'x.json', dict(a=value, b=[{'c': bad}] if deep else bad)
+    with pytest.raises(ValueError, match='would hold what JSON has no word for'):
+        write_json(path, values)
+    path.write_text(json.dumps(seal(values)))
+    with pytest.raises(BadFile, match='(NaN|Infinity) is no JSON'):
+        read_json(path)
+    path.unlink()
 
 
 @often

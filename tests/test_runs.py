@@ -351,6 +351,18 @@ def test_one_finite_result(tmp_path, cells, words):
     assert files(nb) == ['failed.ipynb', 'failed.json']
 
 
+@pytest.mark.parametrize('ci95', [None, float('nan'), float('inf')])
+def test_an_interval_that_is_not_known_is_none(monkeypatch, ci95):
+    shown = []
+    monkeypatch.setattr('IPython.display.display', shown.append)
+    report(a=dict(mean=0.5, ci95=ci95, n=1))
+    assert shown[0].result['metrics']['a']['ci95'] is None
+    json.dumps(shown[0].result, allow_nan=False)
+    for mean in (float('nan'), float('inf')):
+        with pytest.raises(ValueError, match='a=(nan|inf): a result is a finite number'):
+            report(a=mean)
+
+
 def test_killed_kernel_is_recorded(tmp_path):
     nb = notebook(tmp_path, 'x = 1', 'import os, signal\nos.kill(os.getpid(), signal.SIGKILL)')
     with pytest.raises(RunFailed, match='(?i)kernel died.*a checkpoint, if there is one, is kept'):

@@ -1,11 +1,14 @@
 """The outer loop: stopped anywhere it continues to the same bytes; what is broken is refused."""
 
+import linecache
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -339,6 +342,38 @@ def test_truncated_altered_foreign_checkpoints(train, valid, tmp_path):
     fitted(train, valid, tmp_path)
 
 
+FORKS = """
+import os, signal, warnings
+import torch
+from fewshotmeta.all import *
+
+warnings.simplefilter('ignore')  # Python's own, of a fork beside threads
+bank = glyphs('train')
+
+
+def trained():
+    learner = MAML(conv4(filters=4), 5)
+    plan = plan_for('cpu', 'threads', workers=2)
+    fit(learner, EpisodeSampler(bank, 5), 2, meta_batch=4, plan=plan, progress=False)
+    return learner
+
+
+learner = trained()
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    same = [torch.equal(a, b) for a, b in zip(learner.theta.values(), trained().theta.values())]
+    os._exit(0 if all(same) else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+trained()  # the workers of the parent are still there
+"""
+
+
+def test_a_fork_of_a_process_with_workers_trains_too():
+    done = Fork(FORKS).wait(100)
+    assert (done.returncode, done.stdout.strip()) == (0, '0'), done.stderr
+
+
 def bias_of_the_head(name, learner):
     "A rule of one's own for what adapts."
     return name == 'head.bias'
@@ -365,6 +400,147 @@ def test_checkpoint_of_another_configuration(train, valid, tmp_path, change, wor
         with pytest.raises(BadCheckpoint, match='train: '):
             fitted(other, valid, tmp_path)
     assert (tmp_path / 'checkpoint.safetensors').read_bytes() == before
+
+
+def slower(power):
+    "A schedule of one's own, made for a power."
+
+    def schedule(progress):
+        return (1 - progress) ** power
+
+    return schedule
+
+
+class Halved:
+    "A schedule that says nothing of itself but what it has."
+
+    def __init__(self, at):
+        self.at = at
+
+    def __call__(self, progress):
+        return 1.0 if progress < self.at else 0.5
+
+
+def clipped(grads, bound=1.0):
+    return [g.clamp(-bound, bound) for g in grads]
+
+
+def of_source(folder, body):
+    "A function of the same name, from a file."
+    (folder / 'own.py').write_text(f'def own(progress):\n    return {body}\n')
+    names = {}
+    linecache.clearcache()
+    exec(compile((folder / 'own.py').read_text(), str(folder / 'own.py'), 'exec'), names)
+    return names['own']
+
+
+@pytest.mark.parametrize(
+    'mine,other',
+    [
+        (dict(schedule=slower(2)), dict(schedule=slower(3))),
+        (dict(schedule=partial(pow, 0.5)), dict(schedule=partial(pow, 0.6))),
+        (dict(schedule=Halved(0.5)), dict(schedule=Halved(0.6))),
+        (dict(clip=clipped), dict(clip=partial(clipped, bound=2.0))),
+        (dict(plan=None), dict(plan=plan_for('cpu', 'batched', precision='bf16'))),
+    ],
+    ids=['closure', 'partial', 'object', 'clip', 'precision'],
+)
+def test_a_function_is_part_of_what_a_checkpoint_is_of(train, valid, tmp_path, mine, other):
+    fitted(train, valid, tmp_path, iterations=2, **mine)
+    fitted(train, valid, tmp_path, iterations=2, **mine)
+    with pytest.raises(BadCheckpoint, match='(?s)of another run .(schedule|clip|precision): '):
+        fitted(train, valid, tmp_path, iterations=2, **other)
+
+
+def test_a_function_goes_by_its_source(tmp_path):
+    half, again, third = (plain_value(of_source(tmp_path, b)) for b in ('0.5', '0.5', '0.25'))
+    assert half == again != third
+    assert half.startswith('own ')
+    assert plain_value(all_but_norm) == 'all_but_norm'  # of the package, whose code is recorded
+    assert plain_value(Halved(0.5)).startswith("Halved({'at': 0.5}) ")
+    typed = {}
+    exec('def own(progress):\n    return 1.0\n', typed)
+    assert plain_value(typed['own']) != plain_value(typed['own'])  # nobody knows its source
+
+
+def resealed(folder, change):
+    "Write a checkpoint again after a change of its header and its tensors."
+    head, tensors = read_checkpoint(folder)
+    change(head, tensors)
+    save_tensors(folder / 'checkpoint.safetensors', 'run', head, tensors)
+
+
+def doubled(name):
+    "Change the shape of a tensor."
+
+    def change(head, tensors):
+        tensors[name] = tensors[name].flatten().repeat(2)
+
+    return change
+
+
+def moved(name, to):
+    "Call a tensor by another name; none: remove it."
+
+    def change(head, tensors):
+        value = tensors.pop(name)
+        if to:
+            tensors[to] = value
+
+    return change
+
+
+def said(**values):
+    "Change the header; none: remove what it says."
+
+    def change(head, tensors):
+        for name, value in values.items():
+            head[name] = value
+            if value is None:
+                del head[name]
+
+    return change
+
+
+def as_double(head, tensors):
+    tensors['theta/head.bias'] = tensors['theta/head.bias'].double()
+
+
+@pytest.mark.parametrize(
+    'change,words',
+    [
+        (doubled('theta/head.bias'), r'theta/head.bias is .*\(10,\) there, .*\(5,\) in this run'),
+        (doubled('m/head.bias'), r'm/head.bias is torch.float32 \(10,\) there'),
+        (doubled('kept0/theta/head.weight'), 'kept0/theta/head.weight is'),
+        (doubled('step/head.bias'), r'step/head.bias is torch.float32 \(2,\) there'),
+        (as_double, 'theta/head.bias is torch.float64'),
+        (moved('theta/head.bias', None), 'theta/head.bias is no tensor there'),
+        (moved('v/head.bias', None), 'v/head.bias is no tensor there'),
+        (moved('step/head.bias', None), 'step/head.bias is no tensor there'),
+        (moved('theta/head.bias', 'theta/bias'), 'theta/head.bias is no tensor there'),
+        (moved('kept0/theta/head.bias', 'kept7/x'), 'kept0/theta/head.bias is no tensor there'),
+        (said(kept=[]), 'kept0/theta/.* there, no tensor in this run'),
+        (said(iteration=None), "its header has no 'iteration': delete it"),
+        (said(iteration='many'), "its header has iteration='many', no int"),
+        (said(kept=[3]), r'its header has kept=\[3\], no list of pairs'),
+        (said(config=None), "its header has no 'config'"),
+        (said(seconds='long'), "its header has seconds='long', no float"),
+    ],
+)
+def test_a_resealed_checkpoint_of_other_tensors(half_done, train, valid, tmp_path, change, words):
+    shutil.copy(half_done / 'checkpoint.safetensors', tmp_path)
+    resealed(tmp_path, change)
+    with pytest.raises(BadCheckpoint, match=words):
+        fitted(train, valid, tmp_path)
+
+
+@pytest.fixture(scope='module')
+def half_done(tmp_path_factory, noise_bank):
+    "The folder of a training that has kept parameters."
+    folder = tmp_path_factory.mktemp('half_done')
+    tasks = EpisodeSampler(noise_bank, 5, 1, 3, seed=0)
+    fitted(tasks, tasks(seed=99), folder)
+    return folder
 
 
 def test_the_configuration_in_a_checkpoint(train, valid, tmp_path):

@@ -91,19 +91,28 @@ def unseal(
 
 # %% ../../nbs/data/00_files.ipynb #26784439
 def write_json(path: Path, values: dict) -> None:
-    "Write values and their seal, whole or not at all."
+    "Write values and their seal, whole or not at all. Raises `ValueError` for NaN and infinity."
+    try:
+        text = json.dumps(seal(values), indent=1, allow_nan=False)
+    except ValueError as e:
+        raise ValueError(f'{path} would hold what JSON has no word for ({e})') from None
     with atomic(path) as tmp:
-        tmp.write_text(json.dumps(seal(values), indent=1) + '\n', encoding='utf-8')
+        tmp.write_text(f'{text}\n', encoding='utf-8')
 
 
 def read_json(path: Path) -> dict:
     "Read sealed values. Raises `BadFile`, `FileNotFoundError`."
     try:
-        return unseal(json.loads(Path(path).read_bytes()), path)
+        return unseal(json.loads(Path(path).read_bytes(), parse_constant=_refused), path)
     except BadFile:
         raise
     except (ValueError, RecursionError) as e:
         raise BadFile(f'{path} is not whole ({e})') from None
+
+
+def _refused(word):
+    "Refuse NaN and infinity, which Python reads and JSON does not have."
+    raise ValueError(f'{word} is no JSON')
 
 # %% ../../nbs/data/00_files.ipynb #caa226a3
 @contextmanager

@@ -16,7 +16,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..data.episodes import Episodes
+from ..data.episodes import Episodes, check_classes
 from .plans import Plan, active
 
 # %% ../../nbs/engine/04_capture.ipynb #21b1bf83
@@ -165,11 +165,21 @@ def __call__(
     varying = [*episodes, self.theta[0].new_tensor(numbers), *self.learner.buffers.values()]
     key = structure, n_way, tuple((v.shape, v.dtype) for v in varying)
     if key not in self.graphs:
+        _check_ways(episodes, n_way)
         self.graphs[key] = self._record(progress, n_way, varying)
     graph, names = self.graphs[key]
     loss, accuracy, *rest = graph(*varying)
     grads, stats = rest[: len(self.theta)], rest[len(self.theta) :]
     return loss, accuracy, grads, dict(zip(names, stats))
+
+
+def _check_ways(episodes, n_way):
+    "Refuse tasks that the recording would take for others; mini-batches have no classes to count."
+    if not episodes.ys.numel():
+        return
+    found = check_classes(episodes.ys, episodes.yq)
+    if found != n_way:
+        raise ValueError(f'n_way={n_way}, but the tasks have {found} classes: give n_way={found}')
 
 # %% ../../nbs/engine/04_capture.ipynb #974a0a1d
 @patch

@@ -123,7 +123,14 @@ def run(
 @lru_cache
 def _workers(n):
     "The pool of `n` worker threads."
+    os.register_at_fork(after_in_child=_without_threads)
     return ThreadPoolExecutor(n, 'task', initializer=partial(torch.set_num_threads, 1))
+
+
+def _without_threads():
+    "In a forked process: no thread came along, neither ours nor those of OpenMP."
+    _workers.cache_clear()
+    torch.set_num_threads(1)
 
 
 @patch

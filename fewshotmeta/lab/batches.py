@@ -30,7 +30,7 @@ class BadBatch(ValueError):
     "A batch file that cannot be used."
 
 # %% ../../nbs/lab/06_batches.ipynb #f24ee4ec
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
     "Safe YAML that refuses a name that stands there twice."
 
 
@@ -48,15 +48,18 @@ def _unique_names(loader, node):
 
 
 def _as_python(loader, node):
-    "A number that Python would read alike; any other word as text."
+    "A number or a truth value as the command line reads it; any other word as text."
+    if node.value in _TRUTHS:
+        return _TRUTHS[node.value]
     try:
         return ast.literal_eval(node.value)
     except (ValueError, SyntaxError):
         return node.value
 
 
+_TRUTHS = {'true': True, 'True': True, 'false': False, 'False': False}
 _Loader.add_constructor('tag:yaml.org,2002:map', _unique_names)
-for _kind in ('int', 'float', 'timestamp'):
+for _kind in ('bool', 'int', 'float', 'timestamp'):
     _Loader.add_constructor(f'tag:yaml.org,2002:{_kind}', _as_python)
 
 # %% ../../nbs/lab/06_batches.ipynb #92babab4
@@ -101,19 +104,46 @@ def _valued(name, value, parameters, given, place):
         raise BadBatch(f'{place} no parameter {name!r}{did_you_mean(name, parameters)}')
     parameter = parameters[name]
     kind = type(parameter.default)
-    if not isinstance(value, str) or kind is str:
-        return value
-    factor = re.fullmatch(r'(\d+\.?\d*|\.\d+)x', value)
-    if factor and kind in (int, float):
-        before = given.get(name, parameter.default)
-        if isinstance(before, (list, str)):
-            raise BadBatch(f'{place} {name}={value}: a factor of {before!r}')
-        scaled = before * float(factor[1])
-        return max(1, round(scaled)) if kind is int else scaled
     try:
+        if kind is list and isinstance(value, list):
+            return [_item(parameter, item) for item in value]
+        if not isinstance(value, str) or kind is str:
+            return value
+        factor = re.fullmatch(r'(\d+\.?\d*|\.\d+)x', value)
+        if factor and kind in (int, float):
+            before = given.get(name, parameter.default)
+            return _scaled(parameter, before, value, float(factor[1]))
         return parse_value(parameter, value)
     except BadParameters as e:
         raise BadBatch(f'{place} {e}') from None
+
+# %% ../../nbs/lab/06_batches.ipynb #e5c0b3a2
+def _item(parameter, item):
+    "An item of a list of numbers as the command line reads it; any other item as it stands."
+    kinds = {type(one) for one in parameter.default}
+    if not isinstance(item, str) or not kinds or not kinds <= {int, float}:
+        return item
+    return parse_value(replace(parameter, default=None), item)
+
+
+_EXACT = 2**53  # a product of floats is a whole number without loss below this one
+
+
+def _scaled(parameter, before, value, factor):
+    "A factor of what a parameter would have been. Raises `BadParameters`."
+    said = f'{parameter.name}={value:.60}'
+    if type(before) not in (int, float):
+        raise BadParameters(f'{said}: a factor of {before!r:.60}, which is no number')
+    try:
+        scaled = before * factor
+        whole = round(scaled)
+    except (OverflowError, ValueError):
+        raise BadParameters(f'{said}: no finite number is {before:.6g} times that') from None
+    if type(parameter.default) is not int:
+        return scaled
+    if whole >= _EXACT:
+        raise BadParameters(f'{said}: {scaled:.6g} is more than a whole number may be, 2**53')
+    return max(1, whole)
 
 # %% ../../nbs/lab/06_batches.ipynb #56d0b9c9
 def _layers(doc, name, scale, where):
@@ -123,7 +153,7 @@ def _layers(doc, name, scale, where):
     at = _mapping(own.pop('scales', None), f'{place} scales:', SCALES)
     if unknown := [s for s in at if s not in scales]:
         raise BadBatch(f'{place} scales: {unknown[0]!r} is not among the scales of the file')
-    if at.get(scale) is False:
+    if at.get(scale) is False or at.get(scale) == 'no':
         return None
     layers = [
         _mapping(doc.get('common'), f'{where} common:'),

@@ -83,7 +83,7 @@ def _metric(name, value):
     if not math.isfinite(value['mean']):
         raise ValueError(f'{name}={value["mean"]}: a result is a finite number')
     ci95 = value.get('ci95')
-    known = ci95 is not None and not math.isnan(ci95)
+    known = ci95 is not None and math.isfinite(ci95)
     return dict(
         mean=float(value['mean']),
         ci95=float(ci95) if known else None,

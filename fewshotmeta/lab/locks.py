@@ -21,10 +21,12 @@ def marker(
     runs,  # the folder of all runs
     experiment: str,
     slug: str,  # the run's name within the experiment
-    kind: str = 'json',  # 'json': the note on who executes the run; 'lock': its lock
+    kind: str = 'json',  # 'json': who executes the run; 'lock'; 'failed.json'; 'job.json'
 ) -> Path:
     "Return the path of a file about a run that lies outside its folder."
-    return Path(runs) / '.state' / experiment / f'{slug}.{kind}'
+    what, dot, ending = kind.rpartition('.')
+    about = f'{slug}~{what}' if dot else slug  # no name has a ~: `a.failed` may be another run
+    return Path(runs) / '.state' / experiment / f'{about}.{ending}'
 
 
 def read_marker(runs, experiment: str, slug: str) -> dict:

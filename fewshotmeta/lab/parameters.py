@@ -99,6 +99,7 @@ def _assigned(node):
 
 
 # %% ../../nbs/lab/00_parameters.ipynb #b3e65f02
+_BITS = 1024  # of a whole number: about as large as a float can be
 _ANNOTATIONS = dict(int=int, float=float, bool=bool, str=str, list=list, tuple=list)
 
 
@@ -110,6 +111,8 @@ def _plain(name, value):
         return {key: _plain(name, item) for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         raise BadParameters(f'{name}={value}: expected a finite number')
+    if isinstance(value, int) and value.bit_length() > _BITS:
+        raise BadParameters(f'{name}=…: expected a finite number of at most 308 digits')
     if value is None or isinstance(value, bool | int | float | str):
         return value
     kinds = 'a number, text, a truth value, None, or a list of these'
@@ -196,7 +199,7 @@ def _items(text, default):
     items = [item.strip() for item in inner.removesuffix(',').split(',')] if inner else []
     if '' in items:
         return text
-    of_text = bool(default) and all(isinstance(item, str) for item in default)
+    of_text = _kinds(default) == {str}
     return items if of_text else [_literal(item) for item in items]
 
 # %% ../../nbs/lab/00_parameters.ipynb #0fa4c37e
@@ -208,6 +211,8 @@ _FORMS = {
     list: 'a list is written 1,2 or [1, 2]',
 }
 
+_NOT_FINITE = re.compile(r'[-+]?\.?(inf|infinity|nan)', re.IGNORECASE)
+
 
 def check_value(
     p: Parameter,
@@ -216,6 +221,9 @@ def check_value(
     "Return `value` in the type of the parameter's default. Raises `BadParameters`."
     value = _plain(p.name, value)
     kind = type(p.default)
+    _check_words(p, value)
+    if isinstance(value, list) and kind is list:
+        return _alike(p.default, value)
     if p.default is None:
         return value
     converted = _converted(kind, value)
@@ -227,6 +235,30 @@ def check_value(
     if isinstance(value, list):
         form = f'a batch file makes a run of each with `grid: {{{p.name}: {value}}}`'
     raise BadParameters(f'{p.name}={value!r}: {expected}; {form}')
+
+# %% ../../nbs/lab/00_parameters.ipynb #3f0b96d1
+def _kinds(values):
+    "Return the types of the items of a list."
+    return {type(item) for item in values}
+
+
+def _check_words(p, value):
+    "Refuse infinity and no number as words, as Python or YAML writes them, but as text."
+    words = value if isinstance(value, list) else [value]
+    if isinstance(p.default, str) or isinstance(p.default, list) and _kinds(p.default) == {str}:
+        return
+    for word in words:
+        if isinstance(word, str) and _NOT_FINITE.fullmatch(word.strip()):
+            raise BadParameters(f'{p.name}={word}: expected a finite number')
+
+
+def _alike(default, items):
+    "Return the items of a list in the type of the default's, where they can be had without loss."
+    kinds = _kinds(default)
+    if kinds not in ({int}, {float}):
+        return items
+    converted = [_converted(*kinds, item) for item in items]
+    return [item if new is None else new for item, new in zip(items, converted)]
 
 # %% ../../nbs/lab/00_parameters.ipynb #f4d4e8de
 def merge_parameters(

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..data.checks import check_size, pick
-from ..engine.layers import check_every_class, class_means, one_hot, task_linear
+from ..engine.layers import class_means, one_hot, task_linear
 from .heads import HEAD
 from .pretraining import ImageBatches, TrainingClasses
 from .maml import Fast, LEARNERS, MAML, MetaLoss, head_only, task_losses
@@ -118,6 +118,7 @@ def meta_loss(
             f'{n} support images: {type(self).__name__} is trained on mini-batches of all '
             'training classes, ImageBatches(bank), not on episodes'
         )
+    self._check_batches(episodes.yq)
     h, stats = self.backbone(self.theta | self.buffers, episodes.xq)
     logits = self.scores(h, self.theta)
     seen = self.remembered([stats] if self.buffers and stats else None)
@@ -143,12 +144,23 @@ def _steps(self: Pretrained, steps):
 
 @patch
 def _check(self: Pretrained, xs, ys):
-    "The number of ways of these tasks, each of whose classes has a support image."
+    "The number of ways of these tasks, which have support images."
     if getattr(xs, 'ndim', 0) == 5 and not xs.shape[1]:
         raise ValueError('no support images: a task comes from an EpisodeSampler')
-    n_way = MAML._check(self, xs, ys)
-    check_every_class(ys, n_way)
-    return n_way
+    return MAML._check(self, xs, ys)
+
+
+@patch
+def _check_batches(self: Pretrained, yq):
+    "Refuse labels of mini-batches that have no row; a recorded graph looks at none."
+    if self.ways:
+        return
+    rows, (low, top) = len(self.theta['head.weight']), torch.stack(yq.aminmax()).tolist()
+    if not 0 <= low <= top < rows:
+        raise ValueError(
+            f'labels from {low} to {top} in yq, but the head is of n_classes={rows}: '
+            f'training classes are numbered from 0 to {rows - 1}'
+        )
 
 # %% ../../nbs/learners/16_finetuning.ipynb #79f5d7a3
 def momentum_descent(

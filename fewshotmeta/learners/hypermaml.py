@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..data.checks import check_size, pick
-from ..engine.layers import check_every_class, class_means, task_linear
+from ..engine.layers import class_means, task_linear
 from .heads import HEAD
 from .switches import Held, Switch, add_change
 from .hypernetworks import Hypernetwork, LABELS, OPINIONS
@@ -298,7 +298,7 @@ def meta_loss(
     numbers=None,  # those of `moment(progress)`, say as a tensor
 ) -> MetaLoss:
     "Give each task's query loss with the head, or heads, of this point of the training."
-    n_way = self._check(episodes.xs, episodes.ys)
+    n_way = self._check_tasks(episodes)
     theta, own, e, stats = self._begin(self.theta, episodes.xs, n_way)
     support = stats if self.backbone.norm.from_support else None
     q, _ = self.backbone(theta | self.buffers, episodes.xq, 0, support)
@@ -341,15 +341,6 @@ def candidate(
 def max_steps(self: HyperMAML) -> int:
     "One: the hypernetwork's single step."
     return 1
-
-
-@patch
-def _check(self: HyperMAML, xs, ys):
-    "The number of ways of these tasks, each of whose classes has a support image."
-    n_way = MAML._check(self, xs, ys)
-    if not self.ways:
-        check_every_class(ys, n_way)
-    return n_way
 
 
 @patch

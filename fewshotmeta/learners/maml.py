@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..data.checks import Registry, check_size, pick
-from ..data.episodes import check_images, check_labels
+from ..data.episodes import check_classes, check_images, check_labels
 from ..engine.layers import task_linear
 from ..engine.lean import economical, flatten_stats, unflatten_stats, unroll
 from .norms import Norm, as_norm
@@ -297,6 +297,7 @@ def meta_loss(
     numbers=None,  # those of `moment(progress)`, say as a tensor
 ) -> MetaLoss:
     "Give each task's weighted query loss along adaptation, as a function of `theta`."
+    self._check_tasks(episodes)
     (order, counts), weights = self.moment(progress)
     weights = weights if numbers is None else numbers
     seen = [] if self.buffers else None
@@ -415,17 +416,24 @@ def _check(self: MAML, xs, ys):
     check_labels('ys', ys, 'xs', xs)
     if self.ways:
         return self.ways
-    low, top = torch.stack(ys.aminmax()).tolist()
-    if low < 0:
-        raise ValueError(f'label {low} in ys: the classes of a task are numbered from 0')
-    if self.n_way and top >= self.n_way:
+    n_way = check_classes(ys)
+    if self.n_way not in (None, n_way):
         raise ValueError(
-            f'label {top} in ys, but the learner has n_way={self.n_way}: '
-            f'labels run from 0 to {self.n_way - 1}'
+            f'labels 0 … {n_way - 1} in ys, but the learner has n_way={self.n_way}: '
+            f'labels run from 0 to {self.n_way - 1}, each with a support image'
         )
-    return self.n_way or top + 1
+    return n_way
 
 
+@patch
+def _check_tasks(self: MAML, episodes):
+    "The number of ways of these tasks, whose queries are of the same classes."
+    n_way = self._check(episodes.xs, episodes.ys)
+    if not self.ways:
+        check_classes(episodes.ys, episodes.yq)
+    return n_way
+
+# %% ../../nbs/learners/10_maml.ipynb #96f7d20c
 @patch
 def _check_images(self: MAML, name, x):
     "Refuse what are no images of tasks, or of another type or device than the parameters."

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..data.checks import check_size, pick
-from ..engine.layers import check_every_class, class_means, one_hot
+from ..engine.layers import class_means, one_hot
 from .norms import Norm, as_norm
 from .heads import Rows, init_head
 from .maml import Fast, LEARNERS, MAML, MetaLoss, task_losses
@@ -145,6 +145,7 @@ def meta_loss(
     numbers=None,  # nor these
 ) -> MetaLoss:
     "Give the query loss of each task, given its support set."
+    self._check_tasks(episodes)
     logits, _ = self.logits(self._look(episodes.xs, episodes.ys), episodes.xq)
     right = (logits.argmax(-1) == episodes.yq).float().mean(1)
     return MetaLoss(self.losses(logits, episodes.yq), right.detach(), {})
@@ -160,15 +161,6 @@ def with_norm(
         name = type(self).__name__
         raise ValueError(f"norm={norm!r}, but {name} stores no statistics: use norm='support'")
     return MAML.with_norm(self, norm)
-
-
-@patch
-def _check(self: Metric, xs, ys):
-    "The number of ways of these tasks, each of whose classes has a support image."
-    n_way = MAML._check(self, xs, ys)
-    if not self.ways:
-        check_every_class(ys, n_way)
-    return n_way
 
 # %% ../../nbs/learners/15_metric.ipynb #4e15bc74
 class MatchingNet(Metric):

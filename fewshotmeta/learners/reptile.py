@@ -25,6 +25,7 @@ class Reptile(MAML):
         numbers=None,  # nor these
     ) -> MetaLoss:
         "Give the query loss after adaptation to all images; its gradient is θ − θ_b."
+        n_way = self._check_tasks(episodes)
         xs = torch.cat([episodes.xs, episodes.xq], 1)
         ys = torch.cat([episodes.ys, episodes.yq], 1)
         seen = [] if self.buffers else None
@@ -32,7 +33,7 @@ class Reptile(MAML):
             pass
         with torch.no_grad():
             logits, _ = self.logits(fast, episodes.xq, max(fast.steps - 1, 0))
-        start = self.head.start(self.theta, self._check(xs, ys))
+        start = self.head.start(self.theta, n_way)
         way = sum((start[k] - fast.params[k]).square().flatten(1).sum(1) / 2 for k in self.adapted)
         loss = task_losses(logits, episodes.yq) + way - way.detach()
         right = (logits.argmax(-1) == episodes.yq).float().mean(1)

@@ -8,10 +8,14 @@ __all__ = ['CHECKPOINT', 'APART', 'Run', 'save_tensors', 'read_tensors', 'save_c
 
 # %% ../../nbs/training/01_checkpoints.ipynb #6487d505
 import hashlib
+import inspect
 import json
+import os
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import FunctionType
 
 import torch
 from fastcore.basics import patch
@@ -174,10 +178,27 @@ def read_checkpoint(
     folder: Path,  # of the run
 ) -> tuple[dict, dict]:  # header and tensors
     "Open and check a checkpoint. Raises `BadCheckpoint`."
+    path = Path(folder) / 'checkpoint.safetensors'
     try:
-        return read_tensors(Path(folder) / 'checkpoint.safetensors', 'run', CHECKPOINT)
+        head, tensors = read_tensors(path, 'run', CHECKPOINT)
+        _check_head(path, head)
     except BadFile as e:
         raise BadCheckpoint(f'{e}: delete it to start anew') from e
+    return head, tensors
+
+
+_HEAD = dict(config=dict, iteration=int, history=list, pending=list, seconds=float, kept=list)
+
+
+def _check_head(path, head):
+    "Refuse a header that lacks something, or has it in another type. Raises `BadFile`."
+    for name, kind in _HEAD.items():
+        if name not in head:
+            raise BadFile(f'{path}: its header has no {name!r}')
+        if not isinstance(head[name], kind):
+            raise BadFile(f'{path}: its header has {name}={head[name]!r:.60}, no {kind.__name__}')
+    if any(not isinstance(one, list) or len(one) != 2 for one in head['kept']):
+        raise BadFile(f'{path}: its header has kept={head["kept"]!r:.60}, no list of pairs')
 
 # %% ../../nbs/training/01_checkpoints.ipynb #24dbf2a9
 def under_prefix(
@@ -206,6 +227,34 @@ def _restore(run, tensors, device):
             )
     run.learner.buffers = under_prefix(tensors, 'buffers/', device)
 
+# %% ../../nbs/training/01_checkpoints.ipynb #c2d9170e
+def _forms(tensors, prefix=''):
+    "Type and shape of tensors, as a text, by name."
+    return {f'{prefix}{k}': f'{v.dtype} {tuple(v.shape)}' for k, v in tensors.items()}
+
+
+def _wanted(run, kept, tensors):
+    "What a checkpoint of a run has, with so many kept parameters and what Adam keeps."
+    theta, buffers = run.learner.theta, run.learner.buffers
+    wanted = _forms(theta, 'theta/') | _forms(buffers, 'buffers/')
+    for i in range(kept):
+        wanted |= _forms(theta, f'kept{i}/theta/') | _forms(buffers, f'kept{i}/buffers/')
+    stepped = {k: v for k, v in theta.items() if any(f'{short}/{k}' in tensors for short in _ADAM)}
+    one = {k: tensors.get(f'step/{k}', torch.zeros(())).new_zeros(()) for k in stepped}
+    return wanted | _forms(stepped, 'm/') | _forms(stepped, 'v/') | _forms(one, 'step/')
+
+
+def _check_tensors(run, kept, tensors, folder):
+    "Refuse a checkpoint whose tensors are not those of a run. Raises `BadCheckpoint`."
+    there, wanted = _forms(tensors), _wanted(run, kept, tensors)
+    for name in wanted | there:
+        found, form = (forms.get(name, 'no tensor') for forms in (there, wanted))
+        if found != form:
+            raise BadCheckpoint(
+                f'{folder}/checkpoint.safetensors: {name} is {found} there, {form} in this run: '
+                'choose another folder, or delete it to start anew'
+            )
+
 # %% ../../nbs/training/01_checkpoints.ipynb #e23ad92e
 def load_checkpoint(
     run: Run,  # new, with a learner and an optimizer; is brought to the stored state
@@ -223,6 +272,7 @@ def load_checkpoint(
             'choose another folder, or delete it'
         )
     device = next(iter(run.learner.theta.values())).device
+    _check_tensors(run, len(head['kept']), tensors, folder)
     _restore(run, tensors, device)
     for name in ('iteration', 'history', 'pending', 'seconds'):
         setattr(run, name, head[name])
@@ -290,9 +340,42 @@ def plain_value(value):
     "A value as a configuration keeps it: itself if JSON knows it, else its name or its `repr`."
     if isinstance(value, (int, float, str, bool, type(None))):
         return value
-    return getattr(value, '__name__', None) or repr(value)
+    if isinstance(value, partial):
+        given = {k: plain_value(v) for k, v in value.keywords.items()}
+        return f'partial({plain_value(value.func)}, {[*map(plain_value, value.args)]}, {given})'
+    named = getattr(value, '__name__', None)
+    if isinstance(value, FunctionType):
+        code = value
+    elif named:  # a class, or an object that its user has named
+        return named
+    else:
+        code = getattr(type(value), '__call__', None)
+    name = named or _shown(value)
+    if not isinstance(code, FunctionType) or f'{code.__module__}.'.startswith('fewshotmeta.'):
+        return name
+    return f'{name} {_code_digest(code)}'
 
 
+def _shown(value):
+    "The `repr` of an object; its class and its attributes if that says where in memory it lies."
+    if type(value).__repr__ is not object.__repr__:
+        return repr(value)
+    attributes = {k: plain_value(v) for k, v in getattr(value, '__dict__', {}).items()}
+    return f'{type(value).__name__}({attributes})'
+
+
+def _code_digest(function):
+    "A digest of a function of the user's: its source, and what it has from where it was made."
+    try:
+        source = inspect.getsource(function.__code__)
+    except (OSError, TypeError):
+        return f'(its source is not known: {os.urandom(4).hex()})'
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    kept = [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    values = [plain_value(v) for v in kept if v is not function]
+    return hashlib.sha256(f'{source}|{values}'.encode()).hexdigest()[:8]
+
+# %% ../../nbs/training/01_checkpoints.ipynb #0b6e83f4
 APART = 'theta', 'buffers', 'card'  # of a learner: what is no option
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.checks import check_size
-from ..data.episodes import EpisodeSampler
+from ..data.episodes import EpisodeSampler, check_classes
 from ..engine.plans import Plan, plan_for
 from ..learners.maml import task_losses
 from .checkpoints import note_phase
@@ -107,6 +107,7 @@ def measure(
         for fast in learner.trajectory(ep.xs, ep.ys, steps):
             logits = learner.predict(fast, ep.xq)
             found.append((logits.argmax(-1) == ep.yq).float().mean(1))
+        check_classes(ep.ys, ep.yq)  # whose losses can be had
         if count:
             count(len(ep.xs))
         return torch.stack(found, 1), task_losses(logits, ep.yq)

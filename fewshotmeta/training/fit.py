@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from ..data.episodes import EpisodeSampler
+from ..data.episodes import EpisodeSampler, check_classes
 from ..engine.plans import Plan, plan_for
 from ..engine.capture import CannotRecord, Recorder
 from ..engine.ranks import Ranks
@@ -68,7 +68,7 @@ def step(self: _Loop):
     if hasattr(self.train, 'ways_at'):
         n_way = self.train.ways_at(i)
     else:  # a sampler of one's own need not say
-        n_way = int(episodes.ys.max()) + 1
+        n_way = check_classes(episodes.ys, episodes.yq)
     found = self.together(episodes, progress, n_way)
     numbers = (found.loss, *found.grads)
     self.finite = self.finite & torch.stack([v.isfinite().all() for v in numbers])
