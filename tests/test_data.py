@@ -1,6 +1,8 @@
 """Banks: what they hold, what they refuse, and that a bad file is never used."""
 
 import os
+import pickle
+import struct
 import tempfile
 from pathlib import Path
 
@@ -379,13 +381,180 @@ def test_mini_imagenet_of_class_folders_without_a_split(mini_trees, own_cache, p
     (base / 'test').rmdir()
     (base / place / 'notes').mkdir()
     assert mini_imagenet('test', root=by_folder).digest == expected.digest
-    with pytest.raises(DataMissing, match='which holds [a-z0-9]+/'):
+    with pytest.raises(DataMissing, match='which holds .*20 class folders'):
         mini_imagenet('val', root=by_folder)
     for folder in (base, base / place):
         if (gone := folder / splits('mini_imagenet')['test'][3]).is_dir():
             gone.rename(folder / 'elsewhere')
     with pytest.raises(DataMissing, match='1 classes differ'):
         mini_imagenet('test', root=by_folder)
+
+
+class Python2(pickle._Pickler):
+    "Write a pickle as Python 2 with NumPy 1 does: every text and every name is bytes."
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_old_text(self, obj):
+        raw = obj.encode('latin1') if isinstance(obj, str) else obj
+        self.write(pickle.BINSTRING + struct.pack('<i', len(raw)) + raw)
+        self.memoize(obj)
+
+    dispatch[bytes] = dispatch[str] = save_old_text
+
+
+def of_python2(held, file):
+    Python2(file, 2).dump(held)
+
+
+def of_numpy1(held, file):
+    file.write(pickle.dumps(held, 2).replace(b'numpy._core', b'numpy.core'))
+
+
+def of_bytes(held, file):
+    pickle.dump({k.encode(): v for k, v in held.items()}, file)
+
+
+def of_arrays(held, file):
+    numbers = {c: np.array(own) for c, own in held['class_dict'].items()}
+    pickle.dump(held | dict(class_dict=numbers), file, 4)
+
+
+def of_scalars(held, file):
+    numbers = {c: [np.int64(i) for i in own] for c, own in held['class_dict'].items()}
+    pickle.dump(held | dict(class_dict=numbers), file, 4)
+
+
+def of_python314(held, file):
+    pickle.dump(held, file, 5)
+
+
+WRITERS = [of_python2, of_numpy1, of_bytes, of_arrays, of_scalars, of_python314]
+
+
+def cache_pickle(root, name='mini-imagenet-cache-test.pkl'):
+    (root / 'mini-imagenet').mkdir(parents=True, exist_ok=True)
+    return root / 'mini-imagenet' / name
+
+
+def as_pickled(bank):
+    "What the cache pickle of a bank holds; a class's images are not adjacent."
+    order = np.arange(len(bank.images)).reshape(len(bank), -1).T.ravel()
+    images = bank.images.permute(0, 2, 3, 1).numpy()[order]
+    place = np.argsort(order).reshape(len(bank), -1)
+    numbers = {c: own.tolist() for c, own in zip(bank.classes, place)}
+    return dict(image_data=images, class_dict=numbers)
+
+
+@pytest.mark.parametrize('write', WRITERS)
+def test_mini_imagenet_of_a_cache_pickle(mini_trees, tmp_path, own_cache, write):
+    bank = mini_imagenet('test', root=mini_trees[1])
+    with open(cache_pickle(tmp_path), 'wb') as f:
+        write(as_pickled(bank), f)
+    assert mini_imagenet('test', root=tmp_path).digest == bank.digest
+    small = dict(size=42, margin=1.2)
+    expected = mini_imagenet('test', root=mini_trees[1], **small).digest
+    assert mini_imagenet('test', root=tmp_path, **small).digest == expected
+
+
+class Hostile:
+    def __init__(self, function, *arguments):
+        self.asked = function, arguments
+
+    def __reduce__(self):
+        return self.asked
+
+
+@pytest.mark.parametrize('protocol', [0, 2, 5])
+@pytest.mark.parametrize(
+    'function,argument,named',
+    [
+        (os.system, 'touch {}', f'{os.name}.system'),
+        (eval, 'open({!r}, "w")', r'(builtins|__builtin__)\.eval'),
+        (np.memmap, '{}', r'numpy\.memmap'),
+    ],
+)
+def test_a_hostile_pickle_runs_nothing(tmp_path, own_cache, protocol, function, argument, named):
+    trace = tmp_path / 'trace'
+    held = dict(image_data=Hostile(function, argument.format(str(trace))), class_dict={})
+    pickle.loads(pickle.dumps(Hostile(os.system, f'touch {trace}'), protocol))
+    trace.unlink()  # it would have run
+    cache_pickle(tmp_path).write_bytes(pickle.dumps(held, protocol))
+    with pytest.raises(BadImage, match=f'test.pkl: it asks for {named}'):
+        mini_imagenet('test', root=tmp_path)
+    assert not trace.exists()
+
+
+PIXELS = np.zeros((4, 8, 8, 3), np.uint8)
+WRONG_PICKLES = [
+    (dict(data=[], catname2label={}), 'holds catname2label, data: expected image_data'),
+    (dict(image_data=PIXELS, class_dict=[]), 'holds class_dict, image_data: .*as a dictionary'),
+    ([PIXELS], 'holds no dictionary'),
+    (dict(image_data=[1], class_dict={}), 'image_data is no array'),
+    (dict(image_data=PIXELS[0], class_dict={}), r'of the shape \(8, 8, 3\)'),
+    (dict(image_data=PIXELS.astype(np.int32), class_dict={}), 'of int32, expected uint8'),
+    (dict(image_data=PIXELS / 255, class_dict={}), "an array of 'f8'"),
+    (dict(image_data=PIXELS, class_dict={'n1': [0, 4]}), 'has 0 to 4: there are 4 images'),
+    (dict(image_data=PIXELS, class_dict={'n1': [-1]}), 'has -1 to -1'),
+    (dict(image_data=PIXELS, class_dict={'n1': [0.5]}), "'n1'.* is no list of whole numbers"),
+    (dict(image_data=PIXELS, class_dict={'n1': 3}), 'is no list of whole numbers'),
+]
+
+
+@pytest.mark.parametrize('held,words', WRONG_PICKLES)
+def test_a_pickle_of_something_else_says_what_it_holds(tmp_path, own_cache, held, words):
+    cache_pickle(tmp_path).write_bytes(pickle.dumps(held))
+    with pytest.raises(BadImage, match=f'test.pkl.*{words}'):
+        mini_imagenet('test', root=tmp_path)
+
+
+def test_a_pickle_that_is_not_whole_or_of_another_split(tmp_path, own_cache):
+    held = dict(image_data=PIXELS, class_dict={'n1': [0]})
+    whole = pickle.dumps(held)
+    for bad in (whole[:-9], b'', b'no pickle'):
+        cache_pickle(tmp_path).write_bytes(bad)
+        with pytest.raises(BadImage, match='test.pkl cannot be read'):
+            mini_imagenet('test', root=tmp_path)
+    cache_pickle(tmp_path).write_bytes(whole)
+    with pytest.raises(DataMissing, match='21 classes differ .*holds mini-imagenet-cache-test.pkl'):
+        mini_imagenet('test', root=tmp_path)
+
+
+def test_what_a_folder_of_mini_imagenet_holds_is_said(tmp_path):
+    base = tmp_path / 'mini-imagenet'
+    base.mkdir()
+    with pytest.raises(DataMissing, match='mini-imagenet, which is empty .*To get it'):
+        mini_imagenet('test', root=tmp_path)
+    for c in splits('mini_imagenet')['train'][:38]:
+        (base / c).mkdir()
+    (base / 'test.csv').write_text('filename,label')
+    held = 'which holds 38 class folders, test.csv without images/ .*To get it.*cache.*pkl'
+    with pytest.raises(DataMissing, match=held):
+        mini_imagenet('test', root=tmp_path)
+    (base / 'test.csv').unlink()
+    (base / 'images' / splits('mini_imagenet')['val'][0]).mkdir(parents=True)
+    with pytest.raises(DataMissing, match='38 class folders, images/ with 1 class folder '):
+        mini_imagenet('test', root=tmp_path)
+
+
+def test_twins_of_training_images_can_be_left_out(tmp_path, own_cache):
+    for split in ('train', 'test'):
+        for i, c in enumerate(splits('mini_imagenet')[split]):
+            folder = tmp_path / 'mini-imagenet' / split / c
+            write_images(folder, n=2, size=(8, 8), seed=2 * i + (split == 'test'))
+    (a, *_), (_, b, *_) = (splits('mini_imagenet')[s] for s in ('train', 'test'))
+    base = tmp_path / 'mini-imagenet'
+    (base / 'test' / b / '0.png').write_bytes((base / 'train' / a / '1.png').read_bytes())
+    train, whole = (mini_imagenet(s, size=8, root=tmp_path) for s in ('train', 'test'))
+    assert twins(whole, train) == [((b, 0), (a, 1))]
+    rest = mini_imagenet('test', size=8, root=tmp_path, leave_out_twins=True)
+    assert rest.classes == whole.classes and rest.reading == whole.reading
+    assert rest.count.tolist() == [2, 1] + [2] * 18
+    assert torch.equal(rest[b], whole[b][1:])
+    others = [i for i, c in enumerate(whole.classes) if c != b]
+    assert [rest.digests[i] for i in others] == [whole.digests[i] for i in others]
+    same = mini_imagenet('train', size=8, root=tmp_path, leave_out_twins=True)
+    assert same.digest == train.digest
 
 
 def test_mini_imagenet_overwritten_in_place_is_noticed(mini_trees, own_cache):
@@ -718,6 +887,18 @@ def test_real_mini_imagenet_builds_in_little_memory(real_data, fresh_cache):
     assert images == '60000'
     assert float(gigabytes) < 3, gigabytes
     assert 'building mini_imagenet train' in out.stderr
+
+
+@pytest.mark.xdist_group('mini_imagenet')
+def test_real_mini_imagenet_has_seven_twins(real_data):
+    banks = {split: mini_imagenet(split, root=real_data) for split in ('train', 'val', 'test')}
+    pairs = {split: twins(banks[split], banks['train']) for split in ('val', 'test')}
+    assert len(pairs['val']) == 6
+    assert pairs['test'] == [(('n03127925', 114), ('n02795169', 312))]
+    assert not twins(banks['val'], banks['test'])
+    for split, found in pairs.items():
+        rest = mini_imagenet(split, root=real_data, leave_out_twins=True)
+        assert rest.count.sum() == banks[split].count.sum() - len(found)
 
 
 @pytest.mark.xdist_group('mini_imagenet')
