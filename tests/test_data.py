@@ -425,11 +425,15 @@ def of_scalars(held, file):
     pickle.dump(held | dict(class_dict=numbers), file, 4)
 
 
+def of_columns(held, file):
+    pickle.dump(held | dict(image_data=np.asfortranarray(held['image_data'])), file, 2)
+
+
 def of_python314(held, file):
     pickle.dump(held, file, 5)
 
 
-WRITERS = [of_python2, of_numpy1, of_bytes, of_arrays, of_scalars, of_python314]
+WRITERS = [of_python2, of_numpy1, of_bytes, of_arrays, of_scalars, of_columns, of_python314]
 
 
 def cache_pickle(root, name='mini-imagenet-cache-test.pkl'):
