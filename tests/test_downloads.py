@@ -96,6 +96,8 @@ def test_empty_folders_are_not_omniglot(tmp_path):
     row = told(tmp_path, 'omniglot')
     assert not row['found']
     assert row['lacking'][1].startswith('1,623 of 1,623 classes have no images')
+    with pytest.raises(DataMissing, match='omniglot is not under .* --get omniglot'):
+        omniglot(root=tmp_path, download=False)
 
 
 # ---- EMNIST

@@ -99,8 +99,9 @@ def _omniglot_classes(protocol, split):
 
 
 def _has_omniglot(root):
-    base = root / 'omniglot-py'
-    return (base / 'images_background').is_dir() and (base / 'images_evaluation').is_dir()
+    "Whether there are alphabets of both halves."
+    parts = [root / 'omniglot-py' / f'images_{half}' for half in ('background', 'evaluation')]
+    return all(part.is_dir() and class_folders(part) for part in parts)
 
 
 def _get_omniglot(root):
