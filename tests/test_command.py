@@ -172,21 +172,21 @@ def test_a_row_that_cannot_run_is_named(tmp_path, capsys):
     assert 'table/bad_smoke: test_steps=1, but this learner takes' in capsys.readouterr().err
 
 
-def test_data(tmp_path):
-    out = command('data', '--root', tmp_path).stdout
+def test_data(tmp_path, capsys):
+    assert main(['data', '--root', str(tmp_path)]) == 0
+    out = capsys.readouterr().out
     for words in (
-        'found    glyphs',
-        'missing  omniglot',
-        'missing  mini_imagenet',
-        'missing  cub',
+        'found       glyphs',
+        'missing     omniglot',
+        'missing     mini_imagenet',
+        'missing     cub',
         'fewshotmeta data --get omniglot',
         'CUB_200_2011.tgz',
         str(tmp_path),
     ):
         assert words in out
-    bad = command('data', '--get', 'imagenet', '--root', tmp_path)
-    assert bad.returncode == 2
-    assert 'choose one of omniglot' in bad.stderr
+    assert main(['data', '--get', 'imagenet', '--root', str(tmp_path)]) == 2
+    assert 'choose one of omniglot' in capsys.readouterr().err
 
 
 # ---- tab completion

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fewshotmeta.all import *
-from fewshotmeta.data.datasets import _omniglot_folders
+from fewshotmeta.data.omniglot import _omniglot_folders
 
 
 def write_images(folder, n=3, size=(30, 20), mode='RGB', seed=0):

@@ -1,5 +1,7 @@
 """Files: whole or not there, as they were written, one at a time; archives that lead elsewhere."""
 
+import errno
+import gzip
 import io
 import os
 import stat
@@ -183,8 +185,7 @@ def test_whole_archives(tmp_path):
     good = tar(tmp_path / 'a.tgz', ('set', DIR, ''), ('set/x.txt', FILE, ''))
     assert unpack(good, tmp_path / 'data', digest_of(good)) == ['set']
     assert (tmp_path / 'data' / 'set' / 'x.txt').read_text() == 'x'
-    with pytest.raises(FileExistsError, match='set is there already'):
-        unpack(good, tmp_path / 'data')
+    assert unpack(good, tmp_path / 'data') == ['set']  # again
     with pytest.raises(BadFile, match='expected 0000'):
         unpack(good, tmp_path / 'other', '0000')
     assert not list((tmp_path / 'other').glob('*'))
@@ -196,11 +197,125 @@ def test_broken_archives(tmp_path):
     with pytest.raises(BadFile, match='b.tgz is not'):
         unpack(tmp_path / 'b.tgz', tmp_path / 'other')
     (tmp_path / 'c.zip').write_bytes(b'hello')
-    with pytest.raises(BadFile, match='not a zip or tar archive'):
+    with pytest.raises(BadFile, match='not a zip, tar or gzip archive'):
         unpack(tmp_path / 'c.zip', tmp_path / 'other')
     with pytest.raises(FileNotFoundError, match='no archive'):
         unpack(tmp_path / 'none.zip', tmp_path / 'other')
     assert not list((tmp_path / 'other').glob('*'))
+
+
+def trees(folder):
+    "Every file in a folder, and what it holds."
+    files = [path for path in folder.rglob('*') if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
+
+
+def test_archives_lie_beside_what_is_there(tmp_path):
+    "What is the same stays, what is another is not replaced, and then nothing is unpacked."
+    names = [(f'set/{name}', FILE, '') for name in ('a/new', 'b/same', '._b')]
+    archive, data = tar(tmp_path / 'a.tgz', *names), tmp_path / 'data'
+    for name, text in (('set/b/same', 'x'), ('set/b/own', 'mine')):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_text(text)
+    for _ in range(2):
+        assert unpack(archive, data) == ['set']
+        assert trees(data) == {'set/a/new': 'x', 'set/b/same': 'x', 'set/b/own': 'mine'}
+    (data / 'set' / 'b' / 'same').write_text('mine')
+    (data / 'set' / 'a' / 'new').unlink()
+    before = trees(data)
+    with pytest.raises(FileExistsError, match='same is there already, and is another one'):
+        unpack(archive, data)
+    assert trees(data) == before
+
+
+def test_a_link_in_the_data_is_not_followed(tmp_path):
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'away').mkdir()
+    (tmp_path / 'data' / 'set').symlink_to(tmp_path / 'away')
+    with pytest.raises(FileExistsError, match='set is a link'):
+        unpack(tar(tmp_path / 'a.tgz', ('set/x', FILE, '')), tmp_path / 'data')
+    assert not os.listdir(tmp_path / 'away')
+
+
+def test_what_was_moved_goes_back_when_a_move_fails(tmp_path, monkeypatch):
+    rename, moved = os.rename, []
+
+    def fails_once(source, target):
+        moved.append(target)
+        if len(moved) == 2:
+            raise OSError(errno.EACCES, 'denied')
+        rename(source, target)
+
+    monkeypatch.setattr(os, 'rename', fails_once)
+    with pytest.raises(PermissionError, match='cannot write'):
+        unpack(tar(tmp_path / 'a.tgz', ('a', FILE, ''), ('b', FILE, '')), tmp_path / 'data')
+    assert not os.listdir(tmp_path / 'data')
+
+
+BOMBS = ['bomb.tgz', 'bomb.zip', 'bomb.gz', 'nested.zip']
+
+
+def bomb(path, size=101_000_000):
+    "Write an archive of equal bytes; `nested.zip` has them in a file that is packed itself."
+    equal = b'\1' * size
+    if path.suffix == '.tgz':
+        with tarfile.open(path, 'w:gz', compresslevel=1) as t:
+            m = tarfile.TarInfo('equal')
+            m.size = size
+            t.addfile(m, io.BytesIO(equal))
+        return path
+    packed = gzip.compress(equal, 1)
+    if path.suffix == '.gz':
+        path.write_bytes(packed)
+        return path
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as z:
+        if path.stem == 'nested':
+            z.writestr('equal.gz', packed)
+        else:
+            z.writestr('equal', equal)
+    return path
+
+
+@pytest.mark.parametrize('name', BOMBS)
+def test_an_archive_that_unpacks_to_far_more_than_it_is(tmp_path, name):
+    archive, data = bomb(tmp_path / name), tmp_path / 'data'
+    place = {'equal': 'equal', 'equal.gz': 'equal'}
+
+    def placed(files):
+        return {name: place.get(name, name) for name in files}
+
+    words = f'{name} would unpack to .* the limit is 100 MB .*--unpack-limit'
+    with pytest.raises(BadFile, match=words):
+        unpack(archive, data, place=placed)
+    assert not list(data.glob('*'))
+    unpack(archive, data, place=placed, limit=200_000_000)
+    (path,) = data.iterdir()
+    assert path.stat().st_size == 101_000_000
+    path.unlink()
+
+
+def test_names_that_cannot_be_files_together(tmp_path):
+    for i, names in enumerate([('a', 'a/b'), ('x' * 300,)]):
+        archive = tar(tmp_path / f'{i}.tgz', *[(name, FILE, '') for name in names])
+        with pytest.raises(BadFile, match='stands for two things .*: nothing was unpacked'):
+            unpack(archive, tmp_path / 'data')
+    assert not os.listdir(tmp_path / 'data')
+
+
+def test_an_archive_without_files_is_refused(tmp_path):
+    for archive in (tar(tmp_path / 'a.tgz', ('set', DIR, '')), zipped(tmp_path / 'a.zip')):
+        with pytest.raises(BadFile, match='has no files to unpack'):
+            unpack(archive, tmp_path / 'data')
+
+
+def test_an_archive_with_a_password_is_refused(tmp_path):
+    archive = zipped(tmp_path / 'a.zip', ('x', 0))
+    raw = bytearray(archive.read_bytes())
+    for mark, flags in ((b'PK\x03\x04', 6), (b'PK\x01\x02', 8)):
+        raw[raw.index(mark) + flags] |= 1
+    archive.write_bytes(raw)
+    with pytest.raises(BadFile, match='a.zip is not a whole archive .*encrypted'):
+        unpack(archive, tmp_path / 'data')
 
 
 def test_full_disk_leaves_no_half_archive(tmp_path, small_disk):

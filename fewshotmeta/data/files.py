@@ -8,6 +8,8 @@ __all__ = ['cache_folder', 'data_root', 'atomic', 'BadFile', 'seal', 'unseal', '
 
 # %% ../../nbs/data/00_files.ipynb #d8d3421b
 import errno
+import filecmp
+import gzip
 import hashlib
 import json
 import os
@@ -15,7 +17,9 @@ import stat
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock, Timeout
@@ -143,58 +147,80 @@ def digest_of(path) -> str:
 
 
 def unpack(
-    archive,  # a .zip, .tar, .tar.gz, .tgz, … file
+    archive,  # a .zip, .tar, .tar.gz, .tgz, … file, or one file as .gz
     folder,  # where to
     sha256: str = '',  # the digest that the archive must have; none: not checked
-) -> list[str]:  # the names at its top
-    "Unpack plain files and folders, all or nothing. Raises `BadFile`, naming the member."
+    place=None,  # maps {name: function that opens it} to {name: path in `folder`}; none: by name
+    limit: int = 0,  # bytes it may unpack to; 0: 20 times its own size, and 100 MB at least
+) -> list[str]:  # the names at the top of the folder that it went to
+    "Unpack plain files that are not hidden, all or nothing. Raises `BadFile`, `FileExistsError`."
     archive, folder = Path(archive), Path(folder)
     if sha256 and (found := digest_of(archive)) != sha256:
         raise BadFile(f'{archive} has the digest {found}, expected {sha256}: download it again')
     with _open_archive(archive) as opened:
-        for name, plain in _members(opened):
-            _check_member(archive, name, plain)
+        limit = limit or max(20 * archive.stat().st_size, 100_000_000)
+        with _naming(archive, folder):
+            files = _files_of(opened, archive, limit)
+            to = place(files) if place else dict(zip(files, files))
+        if not to:
+            raise BadFile(f'{archive} has no files to unpack')
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix='.unpack-') as tmp:
-            _extract(opened, archive, tmp, folder)
-            names = sorted(os.listdir(tmp))
-            if there := [n for n in names if (folder / n).exists()]:
-                raise FileExistsError(f'{folder / there[0]} is there already: remove it first')
-            for name in names:
-                os.replace(Path(tmp) / name, folder / name)
-    return names
+            with _naming(archive, folder):
+                left = limit
+                for name, path in to.items():
+                    left = _write(files[name], name, Path(tmp) / path, left)
+                    if left < 0:
+                        raise _too_large(archive, limit)
+            _move_beside(Path(tmp), folder)
+    return sorted({PurePosixPath(path).parts[0] for path in to.values()})
 
 # %% ../../nbs/data/00_files.ipynb #55212f93
-_BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError)
+_BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError)
+_CLASH = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def _open_archive(path):
-    "Open a zip or tar file."
+    "Open a zip file, a tar file, or one file that gzip made."
     if not path.is_file():
         raise FileNotFoundError(f'no archive {path}')
     try:
         return zipfile.ZipFile(path) if zipfile.is_zipfile(path) else tarfile.open(path)
     except _BROKEN as e:
-        raise BadFile(f'{path} is not a zip or tar archive ({e})') from e
+        with open(path, 'rb') as f:
+            if f.read(2) == b'\x1f\x8b':
+                return gzip.open(path)
+        raise BadFile(f'{path} is not a zip, tar or gzip archive ({e})') from e
 
 
-def _extract(opened, archive, into, folder):
-    "Write all members of an archive; an error names the archive, or the folder they go to."
-    safely = dict(filter='data') if isinstance(opened, tarfile.TarFile) else {}
+@contextmanager
+def _naming(archive, folder):
+    "Make an error name the archive that is read, or the folder that is written."
     try:
-        opened.extractall(into, **safely)
+        yield
     except _BROKEN as e:
-        if isinstance(e, OSError) and e.errno:
+        code = getattr(e, 'errno', None)
+        if code in _CLASH:
+            said = f'a name is too long or stands for two things ({e.strerror}: {e.filename})'
+            raise BadFile(f'{archive}: {said}: nothing was unpacked') from e
+        if code:
             raise _named(e, folder) from e
         raise BadFile(f'{archive} is not a whole archive ({e})') from e
 
 # %% ../../nbs/data/00_files.ipynb #de24a09a
 def _members(opened):
-    "List each member's name, and whether it is a plain file or folder."
-    if isinstance(opened, tarfile.TarFile):
-        return [(m.name, m.isreg() or m.isdir()) for m in opened.getmembers()]
-    plain = (0, stat.S_IFREG, stat.S_IFDIR)
-    return [(m.filename, stat.S_IFMT(m.external_attr >> 16) in plain) for m in opened.infolist()]
+    "Yield each member's name, its size, whether it is a folder, a file or neither; what opens it."
+    if isinstance(opened, gzip.GzipFile):
+        yield Path(opened.name).name.removesuffix('.gz'), 0, 'file', partial(gzip.open, opened.name)
+    elif isinstance(opened, tarfile.TarFile):
+        for m in opened:
+            kind = 'file' if m.isreg() else 'folder' * m.isdir()
+            yield m.name, m.size, kind, partial(opened.extractfile, m)
+    else:
+        kinds = {0: 'file', stat.S_IFREG: 'file', stat.S_IFDIR: 'folder'}
+        for m in opened.infolist():
+            kind = 'folder' if m.is_dir() else kinds.get(stat.S_IFMT(m.external_attr >> 16), '')
+            yield m.filename, m.file_size, kind, partial(opened.open, m)
 
 
 def _check_member(archive, name, plain):
@@ -203,5 +229,69 @@ def _check_member(archive, name, plain):
         raise BadFile(f'{archive}: {name!r} is a link or a device: nothing was unpacked')
     absolute = name.startswith(('/', '\\'))
     of_windows = ':' in name or '\\' in name
-    if absolute or of_windows or '..' in PurePosixPath(name).parts:
+    if absolute or of_windows or '\0' in name or '..' in PurePosixPath(name).parts:
         raise BadFile(f'{archive}: {name!r} leads out of the folder: nothing was unpacked')
+
+# %% ../../nbs/data/00_files.ipynb #c05e92a7
+def _files_of(opened, archive, limit):
+    "Map the name of each file to what opens it, once the names and sizes of all are seen."
+    files, size = {}, 0
+    for name, n, kind, opens in _members(opened):
+        _check_member(archive, name, kind)
+        size += n
+        if size > limit:
+            raise _too_large(archive, limit, size)
+        path = PurePosixPath(name)
+        hidden = any(part.startswith('.') or part == '__MACOSX' for part in path.parts)
+        if kind == 'file' and not hidden:
+            files[str(path)] = opens
+    return files
+
+
+def _too_large(archive, limit, size=0):
+    "Say what an archive would unpack to, the limit, and how to raise it."
+    size = f'{size / 1e6:,.0f} MB' if size else 'more'
+    return BadFile(
+        f'{archive} would unpack to {size} at least, but the limit is {limit / 1e6:,.0f} MB '
+        '(by default 20 times its own size, and 100 MB at least): nothing was unpacked. '
+        'If you trust it, raise the limit: --unpack-limit MB, or limit= in bytes'
+    )
+
+
+def _write(opens, name, path, left):
+    "Write a file, out of its .gz where its path has none; the bytes that are left of the limit."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with opens() as source, open(path, 'xb') as target:
+        if name.endswith('.gz') and path.suffix != '.gz':
+            source = gzip.open(source)
+        while left >= 0 and (chunk := source.read(1 << 20)):
+            left -= len(chunk)
+            target.write(chunk)
+    return left
+
+# %% ../../nbs/data/00_files.ipynb #e4a8570c
+def _move_beside(tmp, folder):
+    "Move what was unpacked beside what is there, all or nothing."
+    moves = [move for new in sorted(tmp.iterdir()) for move in _moves(new, folder / new.name)]
+    moved = []
+    try:
+        for new, old in moves:
+            os.rename(new, old)
+            moved.append((new, old))
+    except BaseException as e:
+        for new, old in reversed(moved):
+            os.rename(old, new)
+        raise _named(e, folder) if isinstance(e, OSError) else e
+
+
+def _moves(new, old):
+    "List what is to be renamed to what. Raises `FileExistsError` where another thing is there."
+    if old.is_symlink():
+        raise FileExistsError(f'{old} is a link: remove it, or unpack the archive by hand')
+    if not old.exists():
+        return [(new, old)]
+    if new.is_dir() and old.is_dir():
+        return [move for n in sorted(new.iterdir()) for move in _moves(n, old / n.name)]
+    if new.is_file() and old.is_file() and filecmp.cmp(new, old, shallow=False):
+        return []
+    raise FileExistsError(f'{old} is there already, and is another one: remove it first')

@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import fewshotmeta
-from ..data.files import BadFile, cache_folder, data_root, digest_of, read_json, unpack
+from ..data.files import BadFile, cache_folder, data_root, digest_of, read_json
 from ..data.checks import check_size
 from .parameters import BadParameters, default_name, experiment_file
 from .parameters import experiment_files, merge_parameters, parse_value
@@ -452,8 +452,10 @@ def _add_data(subcommands):
     data.add_argument('--root', help=where)
     get = 'load a data set, downloading it where that is possible (default: none)'
     data.add_argument('--get', metavar='NAME', help=get)
-    archive = 'unpack a downloaded archive into the data root (default: none)'
+    archive = 'unpack a downloaded archive to where its loader looks (default: none)'
     data.add_argument('--unpack', metavar='ARCHIVE', help=archive)
+    most = 'what it may unpack to (default: 20 times its own size, 100 MB at least)'
+    data.add_argument('--unpack-limit', type=float, default=0, metavar='MB', help=most)
 
 
 def _data(args):
@@ -463,15 +465,30 @@ def _data(args):
     if args.get:
         _get(args.get, args.root)
     if args.unpack:
-        names = ', '.join(unpack(args.unpack, root))
-        print(f'unpacked {names} into {root}; its digest is {digest_of(args.unpack)}\n')
+        _unpack(args.unpack, root, args.unpack_limit)
     print(f'data root: {root}   (--root, or FEWSHOTMETA_DATA)')
     print(f'cache:     {cache_folder()}   (FEWSHOTMETA_CACHE)\n')
-    for r in data_status(args.root):
-        found = 'found  ' if r['found'] else 'missing'
-        print(f'{found}  {r["name"]:14s} {r["where"]}')
-        if not r['found']:
-            print(f'         {r["how"]}')
+    for row in data_status(args.root):
+        print('\n'.join(_describe_data(row)))
+
+# %% ../../nbs/lab/20_command.ipynb #d20b6f8e
+def _describe_data(row):
+    "The lines about a data set: whether it would open, what it has, what it lacks, how to get it."
+    state = 'incomplete' if row['lacking'] else ('missing', 'found')[row['found']]
+    counts = [f'{row[what]:,} {what}' for what in ('classes', 'images') if row[what]]
+    line = f'{state:10s}  {row["name"]:14s} {row["where"]}   {", ".join(counts)}'.rstrip()
+    ways = [] if row['found'] else [row['how']]
+    return [line, *(f'{"":12s}{more}' for more in [*row['lacking'], *ways])]
+
+
+def _unpack(archive, root, limit):
+    "Unpack an archive, and say what it is; the limit is in MB."
+    from fewshotmeta.data.downloads import unpack_download
+
+    if not 0 <= limit < math.inf:
+        raise ValueError(f'--unpack-limit {limit:g}: expected MB, 0 for 20 times the archive')
+    name = unpack_download(archive, root, int(limit * 1e6))
+    print(f'unpacked {archive}, {name}; its digest is {digest_of(archive)}\n')
 
 # %% ../../nbs/lab/20_command.ipynb #3cb35fbf
 def _get(name, root):
