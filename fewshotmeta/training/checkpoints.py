@@ -7,6 +7,7 @@ __all__ = ['CHECKPOINT', 'APART', 'Run', 'save_tensors', 'read_tensors', 'save_c
            'under_prefix', 'load_checkpoint', 'note_progress', 'read_progress', 'note_phase', 'plain_value', 'describe']
 
 # %% ../../nbs/training/01_checkpoints.ipynb #6487d505
+import csv
 import hashlib
 import inspect
 import json
@@ -153,8 +154,6 @@ def save_checkpoint(
     config: dict,  # what decides its course, as plain values
 ) -> None:
     "Write `folder/checkpoint.safetensors` and `folder/metrics.csv`, each whole or not at all."
-    import pandas as pd
-
     tensors = _tensors(run)
     head = dict(
         format=CHECKPOINT,
@@ -166,8 +165,16 @@ def save_checkpoint(
         kept=[k[:2] for k in run.kept],
     )
     save_tensors(Path(folder) / 'checkpoint.safetensors', 'run', head, tensors)
-    with atomic(Path(folder) / 'metrics.csv') as tmp:
-        pd.DataFrame(run.history).to_csv(tmp, index=False)
+    _write_history(run.history, Path(folder) / 'metrics.csv')
+
+
+def _write_history(rows, path):
+    "Write a table of the rows; what a row lacks stays empty."
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic(path) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
+        table = csv.DictWriter(f, columns, lineterminator='\n')
+        table.writeheader()
+        table.writerows(rows)
 
 # %% ../../nbs/training/01_checkpoints.ipynb #b280fbbd
 class BadCheckpoint(BadFile):
