@@ -30,6 +30,7 @@ from fewshotmeta.lab.states import State, View, describe_state, state_of
 from fewshotmeta.lab.work import planned_of, record_failure, row_of
 from fewshotmeta.lab.workers import Options, run_batch, todo
 from fewshotmeta.training.checkpoints import read_checkpoint
+from tiny import run_here
 
 PARAMETERS = 'x = 1\nlr = 0.1\nsteps = 100\nname = "a"\nseed = 0\nscale = "smoke"'
 # leaves a line for every execution, then does what it is told
@@ -783,9 +784,9 @@ def training(folder, methods, **common):
     return folder / 'all.yaml'
 
 
-def outcome(folder):
+def outcome(folder, r=None):
     "What must be the same: the checkpoint's tensors, every metric but the time, the tasks."
-    r = read_json(folder / 'result.json')
+    r = r or read_json(folder / 'result.json')
     metrics = {k: v for k, v in r['metrics'].items() if k != 'training_seconds'}
     return read_checkpoint(folder)[0]['tensors'], metrics, r['episodes_digest']
 
@@ -819,22 +820,22 @@ def killed_again_and_again(path, most, spread):
 def test_same_bytes_alone_beside_another_and_killed(tmp_path, record):
     "Each method: one at a time; two at a time; with batch, workers and kernels killed midway."
     path = training(tmp_path, METHODS if full() else ['maml', 'hypermaml'])
-    out = executed(path, folder='alone')
-    assert out.returncode == 0, out.stdout + out.stderr
+    alone, others = {}, ['killed']
+    for p in planned(path):
+        folder = tmp_path / 'alone' / p.slug
+        alone[p.slug] = outcome(folder, run_here(p.notebook, p.params, folder))
     if full():
         out = executed(path, '--jobs', '2', folder='beside')
         assert out.returncode == 0, out.stdout + out.stderr
+        others.append('beside')
     most, spread = (12, 6.0) if full() else (2, 0.3)
     kills = killed_again_and_again(path, most, spread)
     assert kills
-    runs = sorted(f.parent.name for f in (tmp_path / 'alone').glob('all/*/result.json'))
-    assert len(runs) == len(planned(path))
-    for name in ('beside', 'killed') if full() else ('killed',):
-        for r in runs:
-            alone, again = outcome(tmp_path / 'alone/all' / r), outcome(tmp_path / name / 'all' / r)
-            assert alone == again, (name, r)
+    for name in others:
+        for slug, expected in alone.items():
+            assert outcome(tmp_path / name / 'all' / slug) == expected, (name, slug)
     what = 'same bytes: one at a time, two at a time, and killed'
-    counted = dict(methods=len(runs), kills=kills, identical=len(runs))
+    counted = dict(methods=len(alone), kills=kills, identical=len(alone))
     record(f'{what} (batch, workers and kernels at once)', **counted)
 
 
@@ -1062,16 +1063,37 @@ def paper_of(path):
     return path.stem.partition('_')[0]
 
 
+def smoke_rows(paper):
+    "The rows of a paper's batch files, and those that they begin from, each once."
+    rows = {}
+    for path in BATCHES:
+        if paper_of(path) == paper:
+            rows |= {p.name: p for p in read_batch(path, 'smoke')}
+    return rows
+
+
 @pytest.mark.parametrize('paper', sorted({paper_of(path) for path in BATCHES}))
 def test_smoke_of_every_batch_file(tmp_path, monkeypatch, paper):
     "`fewshotmeta batch FILE --scale smoke`: every table and figure, on drawn characters."
-    # one at a time, by one worker: `make test` runs several tests at a time
+    monkeypatch.setenv('FEWSHOTMETA_WORKERS', '1')  # `make test` runs several tests at a time
+    monkeypatch.chdir(ROOT / 'nbs' / 'experiments')
+    for p in smoke_rows(paper).values():
+        folder = tmp_path / p.name
+        folder.mkdir(parents=True)
+        learner = str(tmp_path / p.needs.name / 'learner.safetensors') if p.needs else ''
+        given = p.params | (dict(learner=learner) if learner else {})
+        reported = run_here(ROOT / p.notebook, given, folder)
+        assert reported['metrics'], p.name
+
+
+@pytest.mark.parametrize('paper', sorted({paper_of(path) for path in BATCHES}))
+def test_smoke_of_a_batch_by_the_runner(tmp_path, monkeypatch, paper):
+    "The last row of each paper, and what it begins from, in kernels of their own."
     monkeypatch.setenv('FEWSHOTMETA_WORKERS', '1')
-    rows = {}  # those of two files that begin from one learner share it
-    for path in BATCHES:
-        if paper_of(path) == paper:
-            rows |= {p.name: p for p in read_batch(path, 'smoke', runs=tmp_path)}
-    runs = run_batch(list(rows.values()), Options())
+    path = [path for path in BATCHES if paper_of(path) == paper][-1]
+    *_, last = read_batch(path, 'smoke', runs=tmp_path)
+    rows = [last.needs, last] if last.needs else [last]
+    runs = run_batch(rows, Options())
     assert {p.name: (s.kind, s.note) for p, s in runs.items() if s.kind != 'done'} == {}
 
 

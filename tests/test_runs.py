@@ -511,13 +511,15 @@ def test_train_notebook_refuses_before_it_trains(given, words):
 QUIET = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+LONG_ENOUGH = dict(  # to be killed in its middle
+    iterations=40, valid_every=5, valid_tasks=4, test_tasks=10, filters=8, meta_batch=2
+)
+
+
 def train_command(folder, name):
-    values = dict(
-        iterations=40, valid_every=5, valid_tasks=4, test_tasks=10, filters=8, meta_batch=2
-    )
     code = 'import sys; from fewshotmeta.lab.command import main; sys.exit(main())'
     place = ['--runs', str(folder), '--name', f'x/{name}']
-    given = [f'{k}={v}' for k, v in values.items()]
+    given = [f'{k}={v}' for k, v in LONG_ENOUGH.items()]
     return [sys.executable, '-c', code, 'run', str(TRAIN), *place, '-p', *given]
 
 
@@ -555,9 +557,8 @@ def environ_of(pid):
         return b''
 
 
-def left_by(folder):
+def left_by(folder, result):
     "A run's metrics but its time, the digest of its test tasks, and the tensors of its checkpoint."
-    result = json.loads((folder / 'result.json').read_text())
     metrics = {k: v for k, v in result['metrics'].items() if k != 'training_seconds'}
     return metrics, result['episodes_digest'], read_checkpoint(folder)[0]['tensors']
 
@@ -565,14 +566,13 @@ def left_by(folder):
 def test_an_interrupted_experiment_continues(tmp_path):
     """Killed with SIGKILL in the middle of training, started again: the same accuracies and
     checkpoint as undisturbed."""
-    whole, killed = tmp_path / 'x' / 'whole', tmp_path / 'x' / 'killed'
-    undisturbed = subprocess.Popen(train_command(tmp_path, 'whole'), **QUIET)
+    whole, killed = tmp_path / 'whole', tmp_path / 'x' / 'killed'
+    undisturbed = left_by(whole, run_here(TRAIN, LONG_ENOUGH, whole))
     kill_at(10, train_command(tmp_path, 'killed'), killed)
     assert not (killed / 'result.json').exists()
     assert 10 <= reached(killed) < 40
     subprocess.run(train_command(tmp_path, 'killed'), check=True, capture_output=True)
-    assert undisturbed.wait() == 0
-    assert left_by(whole) == left_by(killed)
+    assert left_by(killed, read_json(killed / 'result.json')) == undisturbed
 
 
 # ---- results that are in git
