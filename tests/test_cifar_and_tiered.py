@@ -126,8 +126,11 @@ def test_cifar_splits(name, expected):
 
 
 class Hostile:
+    def __init__(self, trace):
+        self.trace = trace
+
     def __reduce__(self):
-        return os.system, ('exit 3',)
+        return os.system, (f'touch {self.trace}',)
 
 
 def test_a_bad_cifar_is_named(tmp_path, own_cache):
@@ -140,17 +143,33 @@ def test_a_bad_cifar_is_named(tmp_path, own_cache):
     with pytest.raises(DataMissing, match="2 classes differ .first: it has 'babe'"):
         cifar_fs('test', root=tmp_path)
     for held, words in [
-        (dict(data=Hostile(), labels=[]), 'it asks for posix.system'),
+        (dict(data=Hostile(tmp_path / 'ran'), labels=[]), f'it asks for {os.name}.system'),
         (dict(image_data=[]), 'holds image_data: expected data and labels'),
         (dict(data=np.zeros((2, 8, 8, 3), np.uint8), labels=[0, 1]), r'expected uint8 of \(n, 32'),
         (dict(data=np.zeros((2, 32, 32, 3), np.uint8), labels=[0]), '2 images, but labels'),
+        (dict(data=np.zeros((2, 32, 32, 3), np.uint8), labels=[0, [1]]), 'no whole number'),
     ]:
         pickle_of(tmp_path, 'fc100').write_bytes(pickle.dumps(held))
         with pytest.raises(BadImage, match=f'FC100_test.pickle.*{words}'):
             fc100('test', root=tmp_path, download=False)
+    assert not (tmp_path / 'ran').exists()
     by_pickle(tmp_path, 'fc100', noise(classes_of('fc100', 'val')))
     with pytest.raises(DataMissing, match='40 classes differ'):
         fc100('test', root=tmp_path, download=False)
+
+
+def test_a_bad_list_of_names_is_named(tmp_path, own_cache):
+    by_cifar100(tmp_path, 'fc100', {})
+    meta = tmp_path / 'cifar-100-python' / 'meta'
+    meta.write_bytes(pickle.dumps(dict(fine_label_names=['ape', *EVERY[1:]])))
+    with pytest.raises(DataMissing, match="other classes than CIFAR-100 .first: 'apple'"):
+        fc100('test', root=tmp_path)
+    meta.write_bytes(pickle.dumps([1]))
+    with pytest.raises(BadImage, match='meta holds no list fine_label_names'):
+        fc100('test', root=tmp_path)
+    by_list(tmp_path, 'cifar_fs', noise(['ape', *classes_of('cifar_fs')[1:]]))
+    with pytest.raises(DataMissing, match="test.txt: .*first: it has 'ape'"):
+        cifar_fs('test', root=tmp_path)
 
 
 def test_labels_from_zero_stay_unnamed(tmp_path, own_cache):
@@ -228,12 +247,13 @@ def test_a_bad_tiered_imagenet_is_named(tmp_path, own_cache):
     for held, words in [
         (files[:5] + [files[5][:60]] + files[6:], 'image 5: '),
         (files[:-1], '96 images, but .* has 97 labels'),
-        ([Hostile()], 'it asks for posix.system'),
+        ([Hostile(tmp_path / 'ran')], f'it asks for {os.name}.system'),
         (files[:3] + [7], 'image 3: expected the bytes'),
     ]:
         file.write_bytes(pickle.dumps(held))
         with pytest.raises(BadImage, match=f'val_images_png.pkl.*{words}'):
             tiered_imagenet('val', root=tmp_path)
+    assert not (tmp_path / 'ran').exists()
     file.unlink()
     np.savez(base / 'val_images.npz', images=np.zeros((97, 8, 8), np.uint8))
     with pytest.raises(BadImage, match='val_images.npz: images is uint8'):
@@ -242,6 +262,11 @@ def test_a_bad_tiered_imagenet_is_named(tmp_path, own_cache):
     label_pickle(base, pixels)
     with pytest.raises(DataMissing, match="2 classes differ .first: it has 'n00000001'"):
         tiered_imagenet('val', root=tmp_path)
+    for labels in (3, [[0], 1], [0.5]):
+        held = dict(label_specific=labels, label_specific_str=[])
+        (base / 'val_labels.pkl').write_bytes(pickle.dumps(held))
+        with pytest.raises(BadImage, match='val_labels.pkl: .*lists|whole numbers'):
+            tiered_imagenet('val', root=tmp_path)
 
 
 # ---- archives

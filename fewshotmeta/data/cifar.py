@@ -74,7 +74,7 @@ def _files_of(name, split, paths):
     *table, folder = paths
     found = class_folders(folder)
     if table:
-        found = table[0].read_text(encoding='utf-8').split()
+        found = table[0].read_text(encoding='utf-8', errors='replace').split()
         if absent := [c for c in found if not (folder / c).is_dir()]:
             raise DataMissing(f'{folder} lacks {absent[0]!r}, which {table[0]} names')
     names = _named(table[0] if table else folder, name, split, found)
@@ -99,7 +99,7 @@ def _arrays_of(file, kind, form):
     if shape is None or shape[1:] != form or pixels.dtype != np.uint8:
         own = f'{pixels.dtype} of the shape {shape}' if shape else 'no array'
         raise BadImage(f'{file}: data is {own}, expected uint8 of (n, {", ".join(map(str, form))})')
-    if not isinstance(labels, list | np.ndarray) or np.shape(labels) != shape[:1]:
+    if not isinstance(labels, list | np.ndarray) or len(labels) != shape[0]:
         raise BadImage(f'{file}: {shape[0]:,} images, but {kind} is not a list of as many')
     if not all(isinstance(x, int | np.integer) for x in labels):
         raise BadImage(f'{file}: {kind} has a label that is no whole number')
@@ -121,7 +121,10 @@ def _of_cifar100(name, split, paths):
     meta = paths[0].with_name('meta')
     every = _every_class()
     if meta.is_file():
-        found = [text_of(c) for c in read_pickle(meta).get('fine_label_names', [])]
+        content = read_pickle(meta)
+        if not isinstance(content, dict) or 'fine_label_names' not in content:
+            raise BadImage(f'{meta} holds no list fine_label_names: unpack the archive again')
+        found = [text_of(c) for c in content['fine_label_names']]
         if odd := [c for c, own in zip(every, found) if c != own] or every[len(found) :]:
             raise DataMissing(f'{meta} has other classes than CIFAR-100 (first: {odd[0]!r})')
     numbers = [every.index(c) for c in _classes(name, split)]

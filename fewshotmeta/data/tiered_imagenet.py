@@ -51,10 +51,12 @@ def _labels_of(file, split):
     if not isinstance(content, dict) or not keys <= set(content):
         found = ', '.join(sorted(content)) if isinstance(content, dict) else 'no dictionary'
         raise BadImage(f'{file} holds {found or "nothing"}: expected {" and ".join(sorted(keys))}')
-    labels, names = np.asarray(content['label_specific']), content['label_specific_str']
-    names = [text_of(name) for name in names]
-    if labels.ndim != 1 or labels.dtype.kind not in 'iu' or not len(labels):
+    labels, names = content['label_specific'], content['label_specific_str']
+    if not all(isinstance(each, list | np.ndarray) for each in (labels, names)):
+        raise BadImage(f'{file}: expected {" and ".join(sorted(keys))} to be lists')
+    if not len(labels) or not all(isinstance(x, int | np.integer) for x in labels):
         raise BadImage(f'{file}: label_specific is no list of whole numbers')
+    labels, names = np.asarray(labels), [text_of(name) for name in names]
     wanted = splits('tiered_imagenet')[split]
     if set(names) & {c for part in splits('tiered_imagenet').values() for c in part}:
         _check_classes(file, split, names)
