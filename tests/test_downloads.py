@@ -155,7 +155,7 @@ def test_an_emnist_file_is_told_by_its_content(tmp_path, capsys):
             assert main(['data', '--root', str(root), '--unpack', str(archive)]) == 0
         else:
             said = refused(capsys, '--root', root, '--unpack', archive)
-            assert 'none of cub, emnist' in said
+            assert 'none of cifar_fs, cub, emnist' in said
         assert all_of(root) == [f'EMNIST/raw/{expected}'] * bool(expected)
 
 
