@@ -311,8 +311,9 @@ def test_importing_the_package_needs_no_nbdev_and_no_plots():
 
 
 def test_package_data_is_installed():
-    lists = ['cub.json', 'emnist.json', 'glyphs.json', 'mini_imagenet.json', 'omniglot.json']
-    assert sorted(p.name for p in (PACKAGE / 'data' / 'splits').glob('*.json')) == lists
+    lists = ['cifar_fs', 'cub', 'emnist', 'fc100', 'glyphs', 'mini_imagenet', 'omniglot']
+    lists.append('tiered_imagenet')
+    assert sorted(p.stem for p in (PACKAGE / 'data' / 'splits').glob('*.json')) == lists
     patterns = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['setuptools']
     covered = set()
     for package, globs in patterns['package-data'].items():

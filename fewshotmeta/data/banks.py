@@ -217,7 +217,7 @@ def show(self: ImageBank, rows: int = 4, cols: int = 12, seed: int = 0):
 # %% ../../nbs/data/02_banks.ipynb #7c2296cb
 @lru_cache
 def splits(
-    name: str,  # omniglot, emnist, mini_imagenet, cub, glyphs
+    name: str,  # a data set that has a list, say mini_imagenet
 ) -> dict:
     "Read the stored class lists of a data set."
     file = resources.files('fewshotmeta.data') / 'splits' / f'{name}.json'

@@ -18,6 +18,8 @@ from .places import held, how_to_get, names_in, place_of
 from .omniglot import omniglot
 from .emnist import emnist
 from .mini_imagenet import mini_imagenet
+from .tiered_imagenet import tiered_imagenet
+from .cifar import cifar_fs, fc100
 from .cub import cub
 
 # %% ../../nbs/data/13_datasets.ipynb #a90408bf
@@ -65,8 +67,9 @@ def data_status(
         if 'count' not in DATASETS.notes[name]:
             continue
         where = place_of(name, root)
-        classes, images, lacking = _counted(name, root, where) if where.exists() else (0, 0, [])
-        found = where.exists() and not lacking
+        there = where.exists() or (root / DATASETS.notes[name].get('also', where)).exists()
+        classes, images, lacking = _counted(name, root, where) if there else (0, 0, [])
+        found = there and not lacking
         row = dict(name=name, found=found, where=str(where), how=how_to_get(name, root))
         rows.append(row | dict(classes=classes, images=images, lacking=lacking))
     return rows

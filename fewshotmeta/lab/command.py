@@ -496,6 +496,7 @@ def _get(name, root):
     from fewshotmeta.data.banks import DATASETS
 
     first = dict(omniglot='train', emnist='test', mini_imagenet='train', cub='base', glyphs='train')
+    first |= dict(cifar_fs='train', fc100='train', tiered_imagenet='train')
     if name not in first:
         raise ValueError(f'--get {name}: choose one of {", ".join(first)}')
     where = {} if name == 'glyphs' else dict(root=root)
