@@ -9,6 +9,7 @@ __all__ = ['RESULT_TYPE', 'format_metric', 'report', 'run_folder', 'RunFailed', 
 import contextlib
 import csv
 import json
+import logging
 import math
 import os
 import re
@@ -167,6 +168,90 @@ class RunFailed(RuntimeError):
 
 _KEPT = 'a checkpoint, if there is one, is kept'
 
+# %% ../../nbs/lab/03_execution.ipynb #8d485d7e
+class _Limit:
+    "A limit on a whole run."
+
+    OVER = dict(ename='TimeLimit', evalue='', traceback=[])  # what an interrupted cell answers
+
+    def __init__(self, minutes):  # 0: none
+        self.minutes = minutes
+        self.end = time.monotonic() + 60 * minutes
+        self.reached = False
+
+    def options(self):
+        "Return what papermill is told."
+        if not self.minutes:
+            return {}
+        return dict(
+            timeout_func=self.seconds_left,
+            interrupt_on_timeout=True,
+            error_on_timeout=self.OVER,
+            on_cell_error=self.note,
+        )
+
+    def seconds_left(self, cell):
+        return max(0.1, self.end - time.monotonic())
+
+    def note(self, cell, cell_index, execute_reply):
+        "Keep in mind that a cell ended by the limit, and not by an error of its own."
+        self.reached = execute_reply['content'].get('ename') == self.OVER['ename']
+
+
+@contextlib.contextmanager
+def _said_once():
+    "Keep nbclient from announcing a time limit that `RunFailed` will say."
+    log = logging.getLogger('papermill')
+    log.addFilter(_is_no_limit)
+    try:
+        yield
+    finally:
+        log.removeFilter(_is_no_limit)
+
+
+def _is_no_limit(record):
+    said = record.getMessage()
+    return not said.startswith(('Timeout waiting for execute reply', 'Interrupting kernel'))
+
+# %% ../../nbs/lab/03_execution.ipynb #d7340b6f
+class _Exited(Exception):
+    "A cell has called `exit()`."
+
+
+def _heed_exit(cell, cell_index, execute_reply):
+    "Leave the notebook at `exit()` before its kernel is gone. Raises `_Exited`."
+    from nbformat.v4 import new_output
+
+    payload = execute_reply['content'].get('payload', [])
+    if any(item.get('source') == 'ask_exit' for item in payload):
+        said = new_output('error', ename='SystemExit', evalue='0', traceback=['SystemExit: 0'])
+        cell.outputs.append(said)
+        raise _Exited
+
+# %% ../../nbs/lab/03_execution.ipynb #f08c37a1
+def _execution_options(notebook, quiet):
+    "Return how papermill executes each notebook."
+    shown = {} if quiet else dict(stdout_file=sys.stdout, stderr_file=sys.stderr)
+    return dict(
+        cwd=str(notebook.parent),
+        progress_bar=False,
+        kernel_name='python3',
+        language='python',
+        on_cell_executed=_heed_exit,
+        config=_encryption(),
+        **shown,
+    )
+
+
+def _encryption():
+    "Return the configuration by which a kernel's messages are encrypted, where that is possible."
+    import zmq
+    from jupyter_client import KernelManager
+    from traitlets.config import Config
+
+    possible = zmq.has('curve') and hasattr(KernelManager, 'transport_encryption')
+    return Config(KernelManager=dict(transport_encryption='auto')) if possible else Config()
+
 # %% ../../nbs/lab/03_execution.ipynb #6e1b07c4
 @contextlib.contextmanager
 def _left_out(module):
@@ -185,44 +270,30 @@ def _papermill(notebook, partial, params, quiet, limit):
     "Run papermill, and say its failures and the kernel's as `RunFailed`."
     with _left_out('rfc3987_syntax'):  # a grammar of addresses: 1.4 s, and notebooks have none
         import papermill
+        from nbformat import read
     from nbclient.exceptions import CellControlSignal, CellTimeoutError
     from papermill.exceptions import PapermillExecutionError
 
-    options = {} if quiet else dict(stdout_file=sys.stdout, stderr_file=sys.stderr)
+    limit = _Limit(limit)
+    options = _execution_options(notebook, quiet) | limit.options()
+    over = f'{notebook.name} ran longer than its limit of {limit.minutes:g} minutes; {_KEPT}'
     try:
-        return papermill.execute_notebook(
-            str(notebook),
-            str(partial),
-            parameters=params,
-            cwd=str(notebook.parent),
-            progress_bar=False,
-            kernel_name='python3',
-            language='python',
-            **options,
-            **_time_limit(limit),
-        )
+        with _said_once():
+            return papermill.execute_notebook(str(notebook), str(partial), params, **options)
+    except _Exited:
+        return read(partial, 4)
     except PapermillExecutionError as e:
+        trace = _plain('\n'.join(e.traceback))
+        if limit.reached:
+            raise RunFailed(over, 'time limit', trace) from e
         where = f'the traceback is in {partial.parent}/failed.ipynb'
         message = f'{notebook.name} raised {e.ename}: {e.evalue}\n{where}; {_KEPT}'
-        raise RunFailed(message, 'raised', _plain('\n'.join(e.traceback))) from e
-    except CellTimeoutError as e:
-        message = f'{notebook.name} ran longer than its limit of {limit:g} minutes; {_KEPT}'
-        raise RunFailed(message, 'time limit') from e
+        raise RunFailed(message, 'raised', trace) from e
+    except CellTimeoutError as e:  # it did not heed the interruption
+        raise RunFailed(over, 'time limit') from e
     except (CellControlSignal, RuntimeError) as e:  # the kernel died, or did not answer
         why = 'A kernel that dies without a traceback was killed, mostly for memory'
         raise RunFailed(f'{notebook.name}: {e}. {why}; {_KEPT}', 'killed') from e
-
-# %% ../../nbs/lab/03_execution.ipynb #8d485d7e
-def _time_limit(minutes):
-    "Make papermill's option for a limit on the whole run: what is left of it, asked at each cell."
-    if not minutes:
-        return {}
-    end = time.monotonic() + 60 * minutes
-
-    def seconds_left(cell):
-        return max(0.1, end - time.monotonic())
-
-    return dict(timeout_func=seconds_left)
 
 
 def _plain(text):
@@ -263,10 +334,70 @@ def _reported(executed, name):
     "Return the one result that an executed notebook carries."
     outputs = [o.get('data', {}) for cell in executed.cells for o in cell.get('outputs', [])]
     results = [data[RESULT_TYPE] for data in outputs if RESULT_TYPE in data]
+    if not results and (stopped := _stopped_in(executed)):
+        way = 'it has no result: call report() before, or leave the exit out'
+        raise RunFailed(f'{name} stopped in {stopped}, by an exit; {way}', 'report')
     if len(results) != 1:
         times = f'called report() {len(results)} times, not once'
         raise RunFailed(f'{name} {times}: a run has one result', 'report')
     return dict(results[0])
+
+
+def _stopped_in(executed):
+    "Name the cell in which a notebook called for an exit; empty: in none."
+    for cell in executed.cells:
+        if any(output.get('ename') == 'SystemExit' for output in cell.get('outputs', [])):
+            *_, last = cell.source.strip().splitlines()
+            return f'cell In [{cell.execution_count}] of failed.ipynb, which ends {last!r}'
+    return ''
+
+# %% ../../nbs/lab/03_execution.ipynb #a4e81f60
+_MOVES = re.compile(r'(\r?\n|\r|\x1b\[A)')
+
+
+def _rows(pieces):
+    "Return a terminal's lines, each as pairs of a piece's number and text, and who ended them."
+    rows, ends, row, over = [[]], [], 0, False
+    for number, piece in enumerate(pieces):
+        for part in _MOVES.split(piece):
+            if part.endswith('\n'):
+                row, over = row + 1, False
+                if row == len(rows):
+                    rows.append([])
+                    ends.append(number)
+            elif part == '\r':
+                over = True
+            elif part == '\x1b[A':
+                row = max(0, row - 1)
+            elif part:
+                rows[row] = [] if over else rows[row]
+                if part.strip() or not over:  # blanks are how a bar is wiped out
+                    rows[row].append((number, part))
+                over = False
+    return rows, ends
+
+
+def _as_shown(pieces):
+    "Return what a terminal shows at the end of each piece of a stream."
+    shown, last = [''] * len(pieces), 0
+    rows, ends = _rows(pieces)
+    for row, end in zip(rows, [*ends, None]):
+        for number, text in row:
+            last = max(last, number)  # the lines stay in their order
+            shown[last] += text
+        if end is not None:
+            last = max(last, end)
+            shown[last] += '\n'
+    return shown
+
+# %% ../../nbs/lab/03_execution.ipynb #0b6d92c4
+def _last_states(outputs):
+    "Return the outputs of a cell as a terminal shows them at the end, without empty ones."
+    for name in ('stdout', 'stderr'):
+        stream = [output for output in outputs if output.get('name') == name]
+        for output, text in zip(stream, _as_shown([output['text'] for output in stream])):
+            output['text'] = text
+    return [output for output in outputs if output.get('text', True)]
 
 # %% ../../nbs/lab/03_execution.ipynb #70c32508
 def _tidy(executed, folder):
@@ -283,15 +414,16 @@ def _tidy(executed, folder):
     for cell in executed.cells:
         for key in ('papermill', 'execution'):
             cell.metadata.pop(key, None)
+        if 'outputs' in cell:
+            cell.outputs = _last_states(cell.outputs)
         for output in cell.get('outputs', []):
             _tidy_output(output, places)
 
 
 def _tidy_output(output, places):
-    "Replace paths by words in an output, and keep the last state of a progress bar."
+    "Replace paths by words in an output."
     if 'text' in output:
-        last = re.sub(r'[^\n]*\r(?!\n)', '', output['text'])
-        output['text'] = _without_paths(last, places)
+        output['text'] = _without_paths(output['text'], places)
     data = output.get('data', {})
     for kind, value in data.items():
         if kind.startswith('text/') and isinstance(value, str):

@@ -46,12 +46,28 @@ def _tags(cell):
     return cell.get('metadata', {}).get('tags', [])
 
 
+_CONFLICT = re.compile(rb'^\s*(<{7}|={7}|>{7})', re.MULTILINE)  # no line of JSON begins so
+
+
+def _cells(notebook):
+    "Read the cells of a notebook. Raises `BadParameters`."
+    content = Path(notebook).read_bytes()
+    try:
+        return json.loads(content.decode('utf-8'))['cells']
+    except (ValueError, KeyError, TypeError) as e:
+        if not (marker := _CONFLICT.search(content)):
+            raise BadParameters(f'{notebook} is not a notebook ({e})') from None
+    line = content.count(b'\n', 0, marker.start(1)) + 1
+    sides = ' or '.join(f'`git checkout --{side} {notebook}`' for side in ('ours', 'theirs'))
+    raise BadParameters(
+        f"{notebook} has git's conflict markers, the first in line {line}: "
+        f'resolve the conflict, or take one side with {sides}'
+    )
+
+
 def _parameters_cell(notebook):
     "Return the source of the one cell that is tagged `parameters`."
-    try:
-        cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
-    except (ValueError, KeyError, TypeError) as e:
-        raise BadParameters(f'{notebook} is not a notebook ({e})') from None
+    cells = _cells(notebook)
     if any('injected-parameters' in _tags(cell) for cell in cells):
         raise BadParameters(
             f'{notebook} was executed already, its parameters are injected: '
