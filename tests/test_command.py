@@ -356,3 +356,28 @@ def test_a_run_without_a_distribution(bare, tmp_path):
     assert result['versions']['torch'] == importlib.metadata.version('torch')
     assert result['commit'] is None
     assert result['dirty'] is None
+
+
+# ---- GPUs
+def test_a_gpu_that_is_not_there_is_refused_before_anything_starts(tmp_path, capsys):
+    batch = ROOT / 'nbs' / 'experiments' / 'omniglot.yaml'
+    asked = ['batch', batch, '--scale', 'smoke', '--gpus', '99', '--runs', tmp_path]
+    assert main([str(word) for word in asked]) == 2
+    assert '--gpus 99: PyTorch sees ' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    'visible,asked,given',
+    [(None, (0, 1), (0, 1)), ('4,5', (0, 1), ('4', '5')), ('4,5', (1,), ('5',)), ('4', (), ())],
+)
+def test_gpus_are_those_that_are_visible(monkeypatch, visible, asked, given):
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    if visible:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+    assert C._visible(asked) == given
+    where = f'under CUDA_VISIBLE_DEVICES={visible}' if visible else 'here'
+    words = f'--gpus 0,2: PyTorch sees 2 {where}: choose of numbers 0 to 1'
+    with pytest.raises(ValueError, match=words):
+        C._visible((0, 2))

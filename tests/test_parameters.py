@@ -262,6 +262,18 @@ def test_not_a_notebook(tmp_path):
         run(tmp_path / 'exp.ipynb')
 
 
+def test_a_notebook_with_conflict_markers(tmp_path):
+    "As git leaves it behind a merge; the same marks in a cell's text are a cell's text."
+    nb = notebook(tmp_path, 'x = 1', "print('<<<<<<< HEAD')")
+    assert read_parameters(nb)['x'].default == 1
+    lines = nb.read_text().splitlines()
+    lines[2:2] = ['<<<<<<< HEAD', '  "a": 1,', '=======', '  "a": 2,', '>>>>>>> theirs']
+    nb.write_text('\n'.join(lines))
+    words = "has git's conflict markers, the first in line 3: resolve the conflict, or take one side"
+    with pytest.raises(BadParameters, match=words):
+        read_parameters(nb)
+
+
 def test_names(tmp_path):
     nb = notebook(tmp_path)
     for bad in ('../x', 'a/b/c', '/abs', 'a/..', '.', 'a b'):

@@ -16,7 +16,7 @@ import torch
 import fewshotmeta
 from conftest import ROOT
 from fewshotmeta.data.files import read_json, write_json
-from fewshotmeta.lab.execution import RESULT_TYPE, RunFailed, report, run_folder
+from fewshotmeta.lab.execution import RESULT_TYPE, RunFailed, _last_states, report, run_folder
 from fewshotmeta.lab.locks import RunBusy
 from fewshotmeta.lab.parameters import BadParameters
 from fewshotmeta.lab.provenance import changed_code, digests, kernels_in_use, module_digests
@@ -594,3 +594,111 @@ def injected_into(nb):
     scope = {}
     exec(cells[0] if cells else '', scope)
     return {k: v for k, v in scope.items() if not k.startswith('__')}
+
+
+# ---- what a notebook's own cells do to a run
+SAID = f'print("begun")\n{REPORT}'
+
+
+@pytest.mark.parametrize('exit', ['import sys\nsys.exit(0)', 'exit()'])
+def test_a_cell_that_exits_says_where_the_notebook_stopped(tmp_path, exit):
+    nb = notebook(tmp_path, PARAMETERS, exit, REPORT)
+    with pytest.raises(RunFailed) as failed:
+        run(nb)
+    last = exit.splitlines()[-1]
+    assert failed.value.kind == 'report'
+    assert f'exp.ipynb stopped in cell In [3] of failed.ipynb, which ends {last!r}' in str(
+        failed.value
+    )
+    assert 'failed.ipynb' in files(nb)
+
+
+def test_a_cell_that_exits_behind_its_report_has_a_result(tmp_path):
+    nb = notebook(tmp_path, PARAMETERS, REPORT, 'exit()', 'raise RuntimeError("too late")')
+    assert run(nb)['metrics']['square']['mean'] == 4
+
+
+def test_a_limit_makes_no_noise(tmp_path, capfd):
+    "Its message is all that is said: no traceback of a socket, no warning of the kernel."
+    nb = notebook(tmp_path, PARAMETERS, 'import time\ntime.sleep(60)', REPORT)
+    with pytest.raises(RunFailed, match='exp.ipynb ran longer than its limit of 0.03 minutes'):
+        run(nb, limit=0.03)
+    time.sleep(0.5)  # for what a kernel says at its end
+    assert ''.join(capfd.readouterr()) == ''
+    assert files(nb) == ['failed.ipynb']
+
+
+BARS = """from tqdm import tqdm
+import sys
+for _ in tqdm(range(30), mininterval=0):
+    pass
+from tqdm.auto import tqdm as auto
+for _ in auto(range(30), mininterval=0, file=sys.stdout):
+    pass
+print("between")
+for _ in auto(range(3), mininterval=0, leave=False):
+    print("a line")
+"""
+
+
+def test_an_executed_notebook_keeps_one_state_of_a_bar(tmp_path):
+    nb = notebook(tmp_path, PARAMETERS, BARS, REPORT)
+    run(nb)
+    cell = nbformat.read(folder_of(nb) / 'notebook.ipynb', 4).cells[2]
+    said = {name: '' for name in ('stdout', 'stderr')}
+    for output in cell.outputs:
+        if 'name' in output:
+            said[output.name] += output.text
+    assert '\r' not in ''.join(said.values())
+    assert said['stderr'].count('30/30') == 1 and 'it/s' in said['stderr']
+    assert '1/30' not in said['stderr'].replace('30/30', '')
+    assert said['stdout'].endswith('between\na line\na line\na line\n')
+
+
+def shown(*pieces):
+    outputs = [dict(output_type='stream', name='stderr', text=text) for text in pieces]
+    return [output['text'] for output in _last_states(outputs)]
+
+
+@pytest.mark.parametrize(
+    'pieces,kept',
+    [
+        (('a\n', 'b\n'), ['a\n', 'b\n']),
+        (('\r 0%', '\r50%', '\r100%', '\n'), ['100%\n']),
+        (('0%\r50%\r', '100%\n', 'end\n'), ['100%\n', 'end\n']),
+        (('\r50%', '\r     ', '\rdone\n'), ['done\n']),
+        (('\r50%', '\r     \r',), []),
+        (('outer\n', 'inner 1', '\x1b[A\router 2\n', '\rinner 2\n'), ['outer 2\n', 'inner 2\n']),
+        (('windows\r\n', 'lines\r\n'), ['windows\n', 'lines\n']),
+    ],
+)
+def test_a_stream_is_kept_as_a_terminal_shows_it(pieces, kept):
+    assert ''.join(shown(*pieces)) == ''.join(kept)
+    assert '' not in shown(*pieces)
+
+
+def test_committed_notebooks_keep_one_state_of_a_bar():
+    for path in (ROOT / 'runs').glob('*/*/notebook.ipynb'):
+        for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+            for output in cell.get('outputs', []):
+                text = ''.join(output.get('text', ''))
+                assert '\r' not in text and '\x1b[A' not in text, path
+
+
+def test_a_full_disk_names_the_notebook(small_disk):
+    "That papermill writes, and nothing of it stays."
+    nb = notebook(small_disk, PARAMETERS, 'print("x" * 400_000)', REPORT)
+    with pytest.raises(OSError, match=r'no space left to write .*ipynb: free some, or choose'):
+        run(nb)
+    assert not list(small_disk.rglob('*.partial*'))
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'cp1252'])
+def test_a_terminal_that_lacks_characters_costs_no_run(tmp_path, encoding):
+    nb = notebook(tmp_path, PARAMETERS, 'print("✓ ± θ")', REPORT)
+    code = 'import sys; from fewshotmeta.lab.command import main; sys.exit(main())'
+    args = ['run', nb, '--name', 'demo/one', '--runs', tmp_path / 'runs']
+    env = os.environ | dict(PYTHONIOENCODING=encoding)
+    done = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert b'square' in done.stdout

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from ..data.files import atomic, cache_folder, data_root
+from ..data.files import atomic, cache_folder, data_root, write_error
 from .parameters import project_folder
 from .provenance import device_name, kernels_in_use
 
@@ -319,6 +319,9 @@ def execute_notebook(
         with contextlib.suppress(OSError):
             os.replace(partial, folder / 'failed.ipynb')
         raise
+    except OSError as e:
+        partial.unlink(missing_ok=True)
+        raise write_error(e, partial) from e
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -329,7 +332,7 @@ def execute_notebook(
     partial.unlink(missing_ok=True)
     return result
 
-
+# %% ../../nbs/lab/03_execution.ipynb #e1d0a7b4
 def _reported(executed, name):
     "Return the one result that an executed notebook carries."
     outputs = [o.get('data', {}) for cell in executed.cells for o in cell.get('outputs', [])]
