@@ -105,14 +105,17 @@ def _check_combinations(asked):
     if not asked:
         return
     every = [params for _, params in asked]
-    if 'torch' in sys.modules:
-        said = _refusals(every)
-    else:  # in a process that ends: a batch waits for hours, and PyTorch would stay in memory
-        with ProcessPoolExecutor(1, get_context('spawn')) as pool:
-            said = pool.submit(_refusals, every).result()
-    for (where, _), refusal in zip(asked, said):
+    for (where, _), refusal in zip(asked, _with_torch(_refusals, every)):
         if refusal:
             raise BadParameters(f'{where}{refusal}')
+
+
+def _with_torch(function, *args):
+    "Call what needs PyTorch, in a process that ends: a batch waits for hours, and it takes memory."
+    if 'torch' in sys.modules:
+        return function(*args)
+    with ProcessPoolExecutor(1, get_context('spawn')) as pool:
+        return pool.submit(function, *args).result()
 
 
 def _refusals(every):
@@ -228,6 +231,7 @@ def _batch(args):
     how = dict(force=args.force, stale=args.stale, accept_changes=args.accept_changes)
     how |= dict(executor=args.executor, limit=args.limit, slurm=slurm)
     options = Options(args.jobs, gpus, **how)
+    options.gpus = _visible(options.gpus)
     if args.dry_run:
         return _dry_run(planned, options)
     states = run_batch(planned, options, View())
@@ -271,6 +275,37 @@ def _pairs(items):
             raise ValueError(f'--slurm {item}: expected name=value, as in partition=gpu')
         pairs[name] = int(value) if value.isdigit() else value
     return pairs
+
+# %% ../../nbs/lab/20_command.ipynb #b27f90ac
+def _visible(
+    numbers,  # of GPUs, as PyTorch counts them
+):  # as CUDA_VISIBLE_DEVICES names them
+    "Return the GPUs that were asked for. Raises `ValueError` where there is no such GPU."
+    if not numbers:
+        return ()
+    _check_gpus(numbers, _with_torch(_gpu_count))
+    names = [name.strip() for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')]
+    return tuple(names[n] for n in numbers) if any(names) else numbers
+
+
+def _gpu_count():
+    "Count the GPUs that PyTorch sees."
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _check_gpus(numbers, count):
+    "Refuse numbers of GPUs where only `count` are seen. Raises `ValueError`."
+    if all(0 <= n < count for n in numbers):
+        return
+    asked = f'--gpus {",".join(map(str, numbers))}'
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+    here = 'here' if visible is None else f'under CUDA_VISIBLE_DEVICES={visible}'
+    if not count:
+        raise ValueError(f'{asked}: PyTorch sees no GPU {here}: leave --gpus out to use the CPU')
+    numbered = 'number 0' if count == 1 else f'numbers 0 to {count - 1}'
+    raise ValueError(f'{asked}: PyTorch sees {count} {here}: choose of {numbered}')
 
 # %% ../../nbs/lab/20_command.ipynb #7456ce63
 def _add_status(subcommands):
@@ -621,6 +656,7 @@ def main(
     argv: list | None = None,  # arguments; None: the command line's
 ) -> int:  # exit status: 0 done, 1 something failed, 2 it was asked for wrongly, 130 interrupted
     "Do what the command `fewshotmeta` was asked for."
+    _replace_what_cannot_be_shown()
     parser = _parser()
     _complete(parser)
     args = parser.parse_args(argv)
@@ -635,6 +671,13 @@ def main(
         if getattr(args, 'force', False):
             way += ', without --force the result from before stands'
         return _said(f'interrupted; {way}', 130)
+
+
+def _replace_what_cannot_be_shown():
+    "Have a terminal that lacks a character show another: no run is lost for one."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):  # a notebook's has no encoding
+            stream.reconfigure(errors='replace')
 
 
 def _said(message, status):
