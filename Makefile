@@ -23,7 +23,7 @@ FLAGS := $(if $(FEWSHOTMETA_DATA),--flags data,)
 
 PORT ?= 8000
 
-.PHONY: run test test-site lab clean readme docs docs-serve reliability
+.PHONY: run test test-site lab clean readme docs docs-serve reliability fuzz
 .PHONY: clean-check export-check readme-check notebooks pytest
 .DEFAULT_GOAL := run
 
@@ -57,6 +57,10 @@ docs-serve: $(READY)
 # every reliability test at full length (half an hour), and the table on the page Workers
 reliability: $(READY)
 	$(ONE_THREAD) $(BIN)/python tests/reliability.py
+
+# 20,000 altered inputs for whatever is read from outside; `make test` tries some hundred
+fuzz: $(READY)
+	FEWSHOTMETA_FUZZ=20000 $(ONE_THREAD) $(BIN)/pytest -n 2 tests/test_fuzz.py
 
 clean:
 	rm -rf $(VENV) build dist _docs _proc .pytest_cache *.egg-info

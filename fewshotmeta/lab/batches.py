@@ -30,10 +30,6 @@ class BadBatch(ValueError):
     "A batch file that cannot be used."
 
 # %% ../../nbs/lab/06_batches.ipynb #f24ee4ec
-class _Loader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
-    "Safe YAML that refuses a name that stands there twice."
-
-
 def _unique_names(loader, node):
     "A mapping, if its names differ."
     seen = set()
@@ -47,16 +43,32 @@ def _unique_names(loader, node):
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
+class _Loader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
+    "Safe YAML that refuses a name that stands there twice."
+
+    def flatten_mapping(self, node):
+        "Put in what is merged, `<<`: each name once, or a few lines would become millions."
+        super().flatten_mapping(node)
+        last = {}
+        for key, value in node.value:
+            last[key.tag, str(key.value)] = key, value
+        node.value = list(last.values())
+
+
 def _as_python(loader, node):
     "A number or a truth value as the command line reads it; any other word as text."
     if node.value in _TRUTHS:
         return _TRUTHS[node.value]
     try:
-        return ast.literal_eval(node.value)
-    except (ValueError, SyntaxError):
+        value = ast.literal_eval(node.value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return node.value
+    if isinstance(value, float) or type(value) is int and value.bit_length() <= _BITS:
+        return value
+    return node.value
 
 
+_BITS = 1024  # of a whole number: about as large as a float can be
 _TRUTHS = {'true': True, 'True': True, 'false': False, 'False': False}
 _Loader.add_constructor('tag:yaml.org,2002:map', _unique_names)
 for _kind in ('bool', 'int', 'float', 'timestamp'):
@@ -77,6 +89,33 @@ def _mapping(value, where, allowed=None):
     return value
 
 
+_MOST = 100_000  # values of a file
+_NO_YAML = (
+    yaml.YAMLError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    MemoryError,
+    RecursionError,
+)
+
+
+def _check_values(path, doc):
+    "Refuse more values than anybody writes down."
+    rest, seen = [doc], 0
+    while rest:
+        value = rest.pop()
+        seen += 1
+        if seen > _MOST:
+            too_many = f'more than {_MOST:,} values, one of which is meant within itself or often'
+            raise BadBatch(f'{path} has {too_many}: write the values down without & and *')
+        if isinstance(value, dict):
+            rest += [*value, *value.values()]
+        elif isinstance(value, list | tuple | set):
+            rest += value
+
+
 def _load(path):
     "The file's content, of the right shape."
     try:
@@ -85,12 +124,13 @@ def _load(path):
         raise BadBatch(f'{path} cannot be read ({e})') from None
     try:
         doc = yaml.load(text, _Loader)  # a SafeLoader: plain values only
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError, AttributeError, KeyError) as e:
+    except _NO_YAML as e:
         raise BadBatch(f'{path} is not YAML: {" ".join(str(e).split())}') from None
+    _check_values(path, doc)
     doc = _mapping(doc, f'{path}:', ('experiment', 'common', 'runs', 'scales'))
     notebook = doc.get('experiment')
     if not isinstance(notebook, str) or os.sep in notebook:
-        problem = f'experiment={notebook!r}: expected the name of a notebook beside this file'
+        problem = f'experiment={notebook!r:.60}: expected the name of a notebook beside this file'
         raise BadBatch(f'{path}: {problem}')
     if not _mapping(doc.get('runs'), f'{path}: runs:'):
         raise BadBatch(f'{path}: runs: there are none')
@@ -329,8 +369,8 @@ def _source(value, path, doc, scale, runs, above):
         return None
     stem, _, row = value.rpartition('/')
     if stem and stem != path.stem:
-        path = path.with_name(f'{stem}.yaml')
-        if not path.is_file():
+        path = path.parent / f'{stem}.yaml'
+        if os.sep in stem or not os.path.isfile(path):
             return None
         doc = _load(path)
     if row not in doc['runs']:
@@ -397,8 +437,8 @@ def _file(path):
 def _experiment(path, doc):
     "The notebook that a batch file names, and its parameters."
     notebook = path.parent / doc['experiment']
-    if not notebook.is_file():
-        raise BadBatch(f'{path}: experiment: no notebook {notebook}')
+    if not os.path.isfile(notebook):
+        raise BadBatch(f'{path}: experiment: no notebook {str(notebook)!r:.300}')
     try:
         return notebook, read_parameters(notebook)
     except BadParameters as e:

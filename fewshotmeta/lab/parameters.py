@@ -43,18 +43,19 @@ def read_parameters(
 
 # %% ../../nbs/lab/00_parameters.ipynb #a6352be6
 def _tags(cell):
-    return cell.get('metadata', {}).get('tags', [])
+    return list(cell.get('metadata', {}).get('tags', []))
 
 
 _CONFLICT = re.compile(rb'^\s*(<{7}|={7}|>{7})', re.MULTILINE)  # no line of JSON begins so
 
 
 def _cells(notebook):
-    "Read the cells of a notebook. Raises `BadParameters`."
+    "Read the tags, type and source of a notebook's cells. Raises `BadParameters`."
     content = Path(notebook).read_bytes()
     try:
-        return json.loads(content.decode('utf-8'))['cells']
-    except (ValueError, KeyError, TypeError) as e:
+        cells = json.loads(content.decode('utf-8'))['cells']
+        return [(_tags(c), c['cell_type'], ''.join(c['source'])) for c in cells]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         if not (marker := _CONFLICT.search(content)):
             raise BadParameters(f'{notebook} is not a notebook ({e})') from None
     line = content.count(b'\n', 0, marker.start(1)) + 1
@@ -68,26 +69,26 @@ def _cells(notebook):
 def _parameters_cell(notebook):
     "Return the source of the one cell that is tagged `parameters`."
     cells = _cells(notebook)
-    if any('injected-parameters' in _tags(cell) for cell in cells):
+    if any('injected-parameters' in tags for tags, *_ in cells):
         raise BadParameters(
             f'{notebook} was executed already, its parameters are injected: '
             'run the experiment that it came from'
         )
-    tagged = [c for c in cells if c['cell_type'] == 'code' and 'parameters' in _tags(c)]
+    tagged = [text for tags, kind, text in cells if kind == 'code' and 'parameters' in tags]
     if len(tagged) != 1:
         raise BadParameters(
             f'{notebook} has {len(tagged)} cells tagged "parameters", not one: '
             'tag the cell in JupyterLab (Property Inspector, Cell Tags)'
         )
-    return ''.join(tagged[0]['source'])
+    return tagged[0]
 
 # %% ../../nbs/lab/00_parameters.ipynb #1bb424a1
 def _parse(source, where):
     "Yield a `Parameter` for each assignment of a parameters cell."
     try:
         body = ast.parse(source).body
-    except SyntaxError as e:
-        problem = f'line {e.lineno}: {e.msg}'
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
+        problem = f'line {e.lineno}: {e.msg}' if isinstance(e, SyntaxError) else e
         raise BadParameters(
             f'{where}: the parameters cell is not plain Python, {problem}'
         ) from None
@@ -97,12 +98,12 @@ def _parse(source, where):
         line = lines[node.lineno - 1]
         try:
             name, value = _assigned(node)
-        except (AttributeError, ValueError, TypeError, RecursionError):
+        except (AttributeError, ValueError, TypeError, MemoryError, RecursionError):
             form = f'`name = literal  # meaning`, not {line!r}'
             raise BadParameters(f'{where}: parameters are lines of the form {form}') from None
         try:
             default = _annotated(node, _plain(name, value))
-        except BadParameters as e:
+        except (BadParameters, RecursionError) as e:
             raise BadParameters(f'{where}: {line!r}: {e}') from None
         yield Parameter(name, default, _meaning(node, comments))
 
@@ -132,7 +133,15 @@ def _plain(name, value):
     if value is None or isinstance(value, bool | int | float | str):
         return value
     kinds = 'a number, text, a truth value, None, or a list of these'
-    raise BadParameters(f'{name}={value!r}: expected {kinds}')
+    raise BadParameters(f'{name}={_shown(value)}: expected {kinds}')
+
+
+def _shown(value):
+    "A value as a message shows it; Python writes no whole number of more than 4,300 digits."
+    try:
+        return repr(value)
+    except ValueError:
+        return '…'
 
 
 def _annotated(node, default):
