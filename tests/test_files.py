@@ -4,6 +4,7 @@ import errno
 import gzip
 import io
 import os
+import pathlib
 import stat
 import subprocess
 import sys
@@ -335,3 +336,13 @@ def test_downloads_are_checked_by_digest(tmp_path):
     for digest in (*Omniglot.zips_md5.values(), EMNIST.md5):
         assert len(digest) == 32
         assert not check_integrity(str(tmp_path / 'x.zip'), digest)
+
+
+@pytest.mark.parametrize('code,words', [('ENOSPC', 'no space left to write'), ('EROFS', 'writable')])
+def test_an_error_of_writing_names_the_file_and_the_way_out(code, words):
+    number = getattr(errno, code)
+    error = write_error(OSError(number, os.strerror(number)), pathlib.Path('/a/b.json'))
+    assert error.errno == number
+    assert all(part in str(error) for part in (words, '/a/b.json', 'choose another folder'))
+    other = OSError(errno.EIO, 'broken')
+    assert write_error(other, pathlib.Path('/a/b.json')) is other

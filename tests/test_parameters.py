@@ -269,7 +269,7 @@ def test_a_notebook_with_conflict_markers(tmp_path):
     lines = nb.read_text().splitlines()
     lines[2:2] = ['<<<<<<< HEAD', '  "a": 1,', '=======', '  "a": 2,', '>>>>>>> theirs']
     nb.write_text('\n'.join(lines))
-    words = "has git's conflict markers, the first in line 3: resolve the conflict, or take one side"
+    words = "has git's conflict markers, the first in line 3: resolve the conflict, or take one"
     with pytest.raises(BadParameters, match=words):
         read_parameters(nb)
 

@@ -607,7 +607,7 @@ def test_a_cell_that_exits_says_where_the_notebook_stopped(tmp_path, exit):
         run(nb)
     last = exit.splitlines()[-1]
     assert failed.value.kind == 'report'
-    assert f'exp.ipynb stopped in cell In [3] of failed.ipynb, which ends {last!r}' in str(
+    assert f'exp.ipynb stopped in cell In [2] of failed.ipynb, which ends {last!r}' in str(
         failed.value
     )
     assert 'failed.ipynb' in files(nb)
@@ -625,7 +625,7 @@ def test_a_limit_makes_no_noise(tmp_path, capfd):
         run(nb, limit=0.03)
     time.sleep(0.5)  # for what a kernel says at its end
     assert ''.join(capfd.readouterr()) == ''
-    assert files(nb) == ['failed.ipynb']
+    assert files(nb) == ['failed.ipynb', 'failed.json']
 
 
 BARS = """from tqdm import tqdm
@@ -644,7 +644,7 @@ for _ in auto(range(3), mininterval=0, leave=False):
 def test_an_executed_notebook_keeps_one_state_of_a_bar(tmp_path):
     nb = notebook(tmp_path, PARAMETERS, BARS, REPORT)
     run(nb)
-    cell = nbformat.read(folder_of(nb) / 'notebook.ipynb', 4).cells[2]
+    cell = nbformat.read(folder_of(nb) / 'notebook.ipynb', 4).cells[1]
     said = {name: '' for name in ('stdout', 'stderr')}
     for output in cell.outputs:
         if 'name' in output:

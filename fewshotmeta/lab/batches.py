@@ -54,7 +54,7 @@ class _Loader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
             last[key.tag, str(key.value)] = key, value
         node.value = list(last.values())
 
-
+# %% ../../nbs/lab/06_batches.ipynb #a0d3f7c2
 def _as_python(loader, node):
     "A number or a truth value as the command line reads it; any other word as text."
     if node.value in _TRUTHS:
@@ -88,7 +88,7 @@ def _mapping(value, where, allowed=None):
             raise BadBatch(f'{where} no entry {name!r}{near}: choose one of {all_}')
     return value
 
-
+# %% ../../nbs/lab/06_batches.ipynb #7be15d90
 _MOST = 100_000  # values of a file
 _NO_YAML = (
     yaml.YAMLError,
@@ -115,7 +115,7 @@ def _check_values(path, doc):
         elif isinstance(value, list | tuple | set):
             rest += value
 
-
+# %% ../../nbs/lab/06_batches.ipynb #e4920c1a
 def _load(path):
     "The file's content, of the right shape."
     try:

@@ -197,7 +197,7 @@ class _Limit:
         "Keep in mind that a cell ended by the limit, and not by an error of its own."
         self.reached = execute_reply['content'].get('ename') == self.OVER['ename']
 
-
+# %% ../../nbs/lab/03_execution.ipynb #5c1b0f9d
 @contextlib.contextmanager
 def _said_once():
     "Keep nbclient from announcing a time limit that `RunFailed` will say."
