@@ -338,7 +338,7 @@ def test_downloads_are_checked_by_digest(tmp_path):
         assert not check_integrity(str(tmp_path / 'x.zip'), digest)
 
 
-@pytest.mark.parametrize('code,words', [('ENOSPC', 'no space left to write'), ('EROFS', 'writable')])
+@pytest.mark.parametrize('code,words', [('ENOSPC', 'no space left'), ('EROFS', 'writable')])
 def test_an_error_of_writing_names_the_file_and_the_way_out(code, words):
     number = getattr(errno, code)
     error = write_error(OSError(number, os.strerror(number)), pathlib.Path('/a/b.json'))
