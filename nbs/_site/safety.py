@@ -49,7 +49,7 @@ def in_cell(text) -> str:
 
 def fenced(kind: str, text: str) -> str:
     "Put a text between fences that it cannot close."
-    fence = '`' * (1 + max(map(len, re.findall('`+', text)), default=2))
+    fence = '`' * (1 + max([2, *map(len, re.findall('`+', text))]))
     return f'{fence}{kind}\n{text}\n{fence}'
 
 
