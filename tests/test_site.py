@@ -655,11 +655,13 @@ PAYLOADS = (
     f'<form action="javascript:{HIT}"><button formaction="javascript:{HIT}">click</button></form>',
     '<meta http-equiv="refresh" content="0;url=http://evil.example/">',
     '<base href="http://evil.example/">',
-    f'<object data="data:text/html,<script>{HIT}</script>"></object><embed src="javascript:{HIT}">',
+    f'<object data="data:text/html,<script>{HIT}</script>"></object>'
+    f'<embed src="javascript:{HIT}">',
     f'<math><maction xlink:href="javascript:{HIT}">click</maction></math>',
     '<math><annotation-xml encoding="text/html">'
     f'<style><img src=x onerror={HIT}></style></annotation-xml></math>',
-    '<style>@import "http://evil.example/a.css"; p {background: url(http://evil.example/b)}</style>',
+    '<style>@import "http://evil.example/a.css"; '
+    'p {background: url(http://evil.example/b)}</style>',
     '<div style="background: url(http://evil.example/c); position: fixed; inset: 0">over all</div>',
     f'<!--><img src=x onerror="{HIT}">-->',
     f'<noscript><p title="</noscript><img src=x onerror={HIT}>"></noscript>',
@@ -724,7 +726,8 @@ def test_nothing_that_a_run_holds_is_executed(built, docs, browser, address):
     git(built, 'add', '-f', str(run.parent))
     done = make(built)
     assert done.returncode == 0, done.stdout + done.stderr
-    page, asked, dialogs = browser.new_page(), [], []
+    # without the page's own policy, which would stop what the sanitiser lets through
+    page, asked, dialogs = browser.new_page(bypass_csp=True), [], []
     page.on('request', lambda request: asked.append(request.url))
     page.on('dialog', lambda dialog: dialogs.append(dialog.message))
     found = [n for n in pages_in(docs) if n.startswith('runs/hostile/') or n == 'runs/index']
@@ -741,8 +744,30 @@ def test_nothing_that_a_run_holds_is_executed(built, docs, browser, address):
         assert marks == [], (name, marks)
         assert urllib.parse.unquote(page.url) == f'{address}{name}.html'
         assert 'hit=7' in page.inner_text('body')
+    page.goto(f'{address}search.html?q=click')  # the index has the name of the run's experiment
+    page.wait_for_selector('#search-results ul.search li a', timeout=20_000)
+    assert page.evaluate('() => window.hit') is None
     assert [url for url in asked if not url.startswith((address, 'data:'))] == []
     assert dialogs == []
+    page.close()
+
+
+ESCAPED = f'<script>{HIT}</script><img src="x.png" onerror="{HIT}"><a href="javascript:{HIT}">a</a>'
+
+
+@pytest.mark.parametrize('name', ['runs/index', 'experiments/train', 'reports/mamlpp'])
+def test_the_policy_of_a_page_stops_what_got_into_it(docs, browser, address, name):
+    "The same markup is executed where the browser is told to pass over the policy."
+    text = page_text(docs, name).replace('<article', f'{ESCAPED}<article', 1)
+    for passed_over in (False, True):
+        page = browser.new_page(bypass_csp=passed_over)
+        url = f'{address}{name}.html'
+        page.route(url, lambda route: route.fulfill(body=text, content_type='text/html'))
+        page.goto(url)
+        page.get_by_text('a', exact=True).first.dispatch_event('click')
+        assert page.evaluate('() => window.hit') == (7 if passed_over else None)
+        assert page.evaluate('() => document.body.dataset.theme') == 'auto', "the theme's script"
+        page.close()
 
 
 # what would execute or look like the site's own, in what a page shows of a run
@@ -788,6 +813,19 @@ def test_the_site_shows_committed_runs(tmp_path, monkeypatch):
     assert [path.parent.name for path in pages.run_files()] == ['kept', 'kept']
     (tmp_path / 'runs' / 'table' / 'kept' / 'result.json').unlink()
     assert shown() == [], 'a run without a result is none'
+
+
+def test_a_link_out_of_the_runs_is_no_file_of_theirs(tmp_path, monkeypatch):
+    import pages
+
+    monkeypatch.setattr(pages, 'ROOT', tmp_path)
+    plant(tmp_path, 'kept', 'mine')
+    (tmp_path / 'secret.json').write_text('{}')
+    for name, target in [('mine', tmp_path / 'secret.json'), ('kept', '../mine/notebook.ipynb')]:
+        link = tmp_path / 'runs' / 'table' / name / 'result.json'
+        link.unlink()
+        link.symlink_to(target)
+    assert [folder.name for folder in pages.run_folders()] == ['kept']
 
 
 @pytest.mark.skipif(not shutil.which('git'), reason='no git')
@@ -904,6 +942,53 @@ def test_a_run_does_not_show_what_its_notebook_hides(links):
     run = next(page for page in links.pages.values() if page.is_run)
     nb = dict(cells=[code_cell('#| hide\nsetup()'), code_cell('f(1)')])
     assert [cell['source'] for cell in cells(nb, run, links)] == ['f(1)']
+
+
+def displayed(kind, text):
+    return dict(output_type='display_data', data={kind: text}, metadata={})
+
+
+@pytest.mark.parametrize('kind', ['text/html', 'text/markdown', 'text/latex', 'image/svg+xml'])
+def test_outputs_of_runs_are_sanitised_and_our_own_stay(links, kind):
+    "An experiment shows a run's outputs, too."
+    from convert import cells
+
+    sources = ('f(1)', 'show_doc(f)')
+    nb = dict(cells=[code_cell(source, displayed(kind, ESCAPED)) for source in sources])
+    for name in ('experiments/train', 'reports/mamlpp'):
+        page = page_named(links, name)
+        made = json.dumps(cells(nb, page, links))
+        assert ('<script' in made or '<img src=\\"x' in made) != page.shows_runs
+
+
+def test_outputs_in_html_of_our_own_may_bring_scripts():
+    "Those in Markdown may not: a report writes tables of what runs say."
+    from build import brings_scripts
+
+    def brings(kind, text):
+        return brings_scripts(dict(cells=[code_cell('f()', displayed(kind, text))]))
+
+    assert brings('text/html', '<div></div><SCRIPT>plot()</SCRIPT>')
+    assert brings('text/html', '<button onclick="turn()">')
+    assert not brings('text/html', '<table class="dataframe"></table>')
+    assert not brings('text/markdown', ESCAPED)
+
+
+def test_what_a_run_says_is_still_said():
+    from safety import from_markdown, in_cell, in_words, sanitised
+
+    table = '| a | b |\n|---|---:|\n| **x** | `1<2` |'
+    (level, html), (deeper, words), _ = from_markdown(f'{table}\n\n## *Two* $x$ words\n\n$a^2$')
+    assert level == 0 and '<strong>x</strong>' in html and '<code>1&lt;2</code>' in html
+    assert '<table class="docutils">' in html and 'text-right' in html
+    assert (deeper, words) == (2, 'Two x words')
+    assert '<msup><mi>a</mi><mn>2</mn></msup>' in from_markdown('$a^2$')[0][1]
+    assert in_words('a*b*\n`c`|d') == r'a\*b\* \`c\`\|d'
+    assert in_cell('a`b|c') == r'``a`b\|c``'
+    frame = '<table border="1" class="dataframe"><tbody><tr><th>a</th></tr></tbody></table>'
+    assert sanitised(frame) == frame.replace(' border="1"', '')
+    picture = '<img src="data:image/png;base64,AAAA" alt="a">'
+    assert sanitised(picture) == picture
 
 
 def test_folded_cells_are_folded_and_keep_their_outputs(links):

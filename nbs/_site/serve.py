@@ -89,6 +89,13 @@ class Handler(SimpleHTTPRequestHandler):
         self.end_headers()
         return io.BytesIO(body)
 
+    def copyfile(self, source, outputfile):
+        "Send a body to whoever is still there."
+        try:
+            super().copyfile(source, outputfile)
+        except ConnectionError:
+            self.close_connection = True
+
 
 def server_of(folder: Path, host: str, port: int) -> ThreadingHTTPServer:
     "Open a server of a folder that answers to a host's name, beside those of this machine."
@@ -145,7 +152,7 @@ def serve(port: int, host: str = '127.0.0.1', every: float = 0.3):
     once()
     server = server_of(DOCS, host, port)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    name = 'localhost' if host == '127.0.0.1' else host
+    name = {'127.0.0.1': 'localhost', '::1': '[::1]'}.get(host, host)
     address = f'http://{name}:{server.server_port}/'
     print(f'{address} shows the site and follows the notebooks; Ctrl-C ends it', flush=True)
     try:
