@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -570,8 +571,50 @@ def wait(what, seconds, say):
         time.sleep(0.1)
 
 
+def answer(address, path, host=None):
+    "What the server answers to a request as it stands, which no library has mended: the status."
+    place = urllib.parse.urlsplit(address)
+    with socket.create_connection((place.hostname, place.port), timeout=10) as s:
+        head = f'GET {path} HTTP/1.1\r\nHost: {host or place.netloc}\r\nConnection: close\r\n\r\n'
+        s.sendall(head.encode('latin1'))
+        with s.makefile('rb') as said:
+            return int(said.readline().split()[1])
+
+
+def refused(address, docs):
+    "Requests that are not answered as they should be: each with the answer."
+    (docs / 'out').symlink_to(ROOT / 'settings.ini')
+    (docs / 'inside.html').symlink_to(docs / 'index.html')
+    expected = {
+        '/index.html': 200,
+        '/inside.html': 200,
+        '/': 200,
+        '/out': 404,
+        '/nowhere.html': 404,
+        '/%00': 400,
+        '/index.html%00': 400,
+        '/../settings.ini': 400,
+        '/%2e%2e/settings.ini': 400,
+        '/..%2fsettings.ini': 400,
+        '/%ff%fe': 400,
+        '/' + 'x' * 5000: 404,
+        '/engine': 404,
+    }
+    found = {path: answer(address, path) for path in expected}
+    wrong = [(path[:40], status) for path, status in found.items() if status != expected[path]]
+    for host in ('evil.example', 'evil.example:80', '127.0.0.1.evil.example', 'localhost'):
+        if (status := answer(address, '/index.html', host)) != 400:
+            wrong.append((host, status))
+    port = urllib.parse.urlsplit(address).port
+    if (status := answer(address, '/index.html', f'127.0.0.1:{port}')) != 200:
+        wrong.append(('127.0.0.1', status))
+    for name in ('out', 'inside.html'):
+        (docs / name).unlink()
+    return wrong
+
+
 def test_serving_follows_a_notebook(built):
-    "Saved, and the page has it."
+    "Saved, and the page has it; and it answers what is asked of it by its name alone."
     command = [sys.executable, '-u', str(built / 'nbs' / '_site'), '--serve', '--port', '0']
     log = built / 'serve.log'
 
@@ -586,7 +629,8 @@ def test_serving_follows_a_notebook(built):
         served = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True)
     try:
         wait(address, 120, log.read_text)
-        assert '__made' in page() and 'Saved just now.' not in page()
+        assert '/__reload.js' in page() and 'Saved just now.' not in page()
+        assert refused(address(), built / '_docs') == []
         add_sentence(source_of(built, 'engine/ranks'), 'Saved just now.')
         start = time.time()
         wait(lambda: 'Saved just now.' in page(), 60, log.read_text)
@@ -594,6 +638,150 @@ def test_serving_follows_a_notebook(built):
     finally:
         served.terminate()
         served.wait(20)
+    assert 'Traceback' not in log.read_text()
+
+
+# what runs hold, which anyone may have committed
+
+HIT = 'hit=7'  # what a payload does where it is executed
+PAYLOADS = (
+    f'<script>{HIT}</script>',
+    f'<img src=x onerror="{HIT}">',
+    f'<svg onload="{HIT}"><script>{HIT}</script></svg>',
+    f'<a href="javascript:{HIT}">click</a>',
+    f'[click](javascript:{HIT})',
+    f'[click](<java\tscript:{HIT}>)',
+    f'<iframe srcdoc="<script>parent.{HIT}</script>"></iframe>',
+    f'<form action="javascript:{HIT}"><button formaction="javascript:{HIT}">click</button></form>',
+    '<meta http-equiv="refresh" content="0;url=http://evil.example/">',
+    '<base href="http://evil.example/">',
+    f'<object data="data:text/html,<script>{HIT}</script>"></object>'
+    f'<embed src="javascript:{HIT}">',
+    f'<math><maction xlink:href="javascript:{HIT}">click</maction></math>',
+    '<math><annotation-xml encoding="text/html">'
+    f'<style><img src=x onerror={HIT}></style></annotation-xml></math>',
+    '<style>@import "http://evil.example/a.css"; '
+    'p {background: url(http://evil.example/b)}</style>',
+    '<div style="background: url(http://evil.example/c); position: fixed; inset: 0">over all</div>',
+    f'<!--><img src=x onerror="{HIT}">-->',
+    f'<noscript><p title="</noscript><img src=x onerror={HIT}>"></noscript>',
+    f'<svg></p><style><a id="</style><img src=x onerror={HIT}>">',
+    f'<a href="data:text/html,<script>{HIT}</script>">click</a>',
+    f'</code></td></script></title></head><script>{HIT}</script>',
+    f'"><img src=x onerror={HIT}>',
+    f"' onmouseover='{HIT}' onfocus='{HIT}' autofocus tabindex=1 x='",
+    f'```{{raw}} html\n<script>{HIT}</script>\n```',
+    f'````\n```{{raw}} html\n<script>{HIT}</script>\n```',
+    f'{{raw-html}}`<script>{HIT}</script>`',
+    f'{{{{ "<script>{HIT}</script>"|safe }}}} {{% raw %}}<script>{HIT}</script>{{% endraw %}}',
+    f'<details open ontoggle="{HIT}">text</details>',
+    '<img src="http://evil.example/pixel.png">',
+    '![x](http://evil.example/pixel.png)',
+    f'$\\href{{javascript:{HIT}}}{{click}}$ $$\\text{{<img src=x onerror={HIT}>}}$$',
+)
+SVG = f'<svg xmlns="http://www.w3.org/2000/svg" onload="{HIT}"><script>{HIT}</script>'
+
+
+def hostile_notebook(kept):
+    "An executed notebook with each payload as text, as code and as every kind of output."
+    whole = '\n\n'.join(PAYLOADS)
+    kinds = ('text/html', 'text/markdown', 'text/latex', 'text/plain')
+    cells = [dict(cell_type='markdown', id='m', metadata={}, source=f'# {PAYLOADS[0]}\n\n{whole}')]
+    shown = [{kind: payload, 'text/plain': '.'} for kind in kinds for payload in PAYLOADS]
+    shown += [{'image/svg+xml': SVG + payload + '</svg>'} for payload in PAYLOADS]
+    shown += [{'image/png': f'" onerror="{HIT}'}, {'application/javascript': HIT}]
+    outputs = [
+        dict(output_type='display_data', data=data, metadata={'image/png': dict(alt=PAYLOADS[20])})
+        for data in shown
+    ]
+    outputs.append(dict(output_type='stream', name='stdout', text=whole))
+    code = dict(cell_type='code', id='c', metadata={}, execution_count=1)
+    cells.append(code | dict(source=f'"""{PAYLOADS[19]}"""', outputs=outputs))
+    tags = dict(tags=['injected-parameters', PAYLOADS[20]])
+    given = dict(id='p', outputs=[], metadata=tags, source=f'data = {whole!r}')
+    cells.append(code | given)
+    return kept | dict(cells=cells)
+
+
+def hostile_run(root):
+    "A committed run whose every text is an attack; its folder."
+    kept = sorted((root / 'runs').glob('*/maml*/result.json'))[0].parent
+    run = root / 'runs' / 'hostile' / f'a\'"onclick={HIT}&lt;_short_seed0'
+    run.mkdir(parents=True)
+    nb = json.loads((kept / 'notebook.ipynb').read_text(encoding='utf-8'))
+    (run / 'notebook.ipynb').write_text(json.dumps(hostile_notebook(nb)), encoding='utf-8')
+    bad = ''.join(PAYLOADS)
+    result = json.loads((kept / 'result.json').read_text(encoding='utf-8'))
+    texts = ('experiment', 'scale', 'device', 'commit', 'episodes_digest', 'kernels', 'started')
+    result |= {name: bad for name in texts}
+    result |= dict(run=bad, notebook=bad, finished=f'"><svg/onload={HIT}>')
+    result |= dict(params={'seed': bad, bad: bad}, versions={bad: bad})
+    (run / 'result.json').write_text(json.dumps(result), encoding='utf-8')
+    return run
+
+
+@pytest.mark.skipif(not has_git(), reason='no git says which runs are committed')
+def test_nothing_that_a_run_holds_is_executed(built, docs, browser, address):
+    run = hostile_run(built)
+    git(built, 'add', '-f', str(run.parent))
+    done = make(built)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # without the page's own policy, which would stop what the sanitiser lets through
+    page, asked, dialogs = browser.new_page(bypass_csp=True), [], []
+    page.on('request', lambda request: asked.append(request.url))
+    page.on('dialog', lambda dialog: dialogs.append(dialog.message))
+    found = [n for n in pages_in(docs) if n.startswith('runs/hostile/') or n == 'runs/index']
+    assert len(found) == 2
+    for name in found:
+        page.goto(address + urllib.parse.quote(name) + '.html')
+        page.wait_for_timeout(500)
+        for clicked in page.get_by_text('click', exact=True).all():
+            clicked.dispatch_event('click')
+        page.mouse.move(300, 300)
+        assert page.evaluate('() => window.hit') is None, name
+        assert page.evaluate('() => window.frames.length') == 0
+        marks = page.evaluate(MARKS)
+        assert marks == [], (name, marks)
+        assert urllib.parse.unquote(page.url) == f'{address}{name}.html'
+        assert 'hit=7' in page.inner_text('body')
+    page.goto(f'{address}search.html?q=click')  # the index has the name of the run's experiment
+    page.wait_for_selector('#search-results ul.search li a', timeout=20_000)
+    assert page.evaluate('() => window.hit') is None
+    assert [url for url in asked if not url.startswith((address, 'data:'))] == []
+    assert dialogs == []
+    page.close()
+
+
+ESCAPED = f'<script>{HIT}</script><img src="x.png" onerror="{HIT}"><a href="javascript:{HIT}">a</a>'
+
+
+@pytest.mark.parametrize('name', ['runs/index', 'experiments/train', 'reports/mamlpp'])
+def test_the_policy_of_a_page_stops_what_got_into_it(docs, browser, address, name):
+    "The same markup is executed where the browser is told to pass over the policy."
+    text = page_text(docs, name).replace('<article', f'{ESCAPED}<article', 1)
+    for passed_over in (False, True):
+        page = browser.new_page(bypass_csp=passed_over)
+        url = f'{address}{name}.html'
+        page.route(url, lambda route: route.fulfill(body=text, content_type='text/html'))
+        page.goto(url)
+        page.get_by_text('a', exact=True).first.dispatch_event('click')
+        assert page.evaluate('() => window.hit') == (7 if passed_over else None)
+        assert page.evaluate('() => document.body.dataset.theme') == 'auto', "the theme's script"
+        page.close()
+
+
+# what would execute or look like the site's own, in what a page shows of a run
+MARKS = '''() => {
+  const out = [];
+  for (const e of document.querySelectorAll('*')) {
+    for (const a of e.attributes) {
+      if (/^on/i.test(a.name)) out.push(`${e.tagName} ${a.name}`);
+      if (/^\\s*(javascript|data:text)/i.test(a.value)) out.push(`${e.tagName} ${a.value}`);
+    }
+  }
+  const inside = 'article :is(script, iframe, object, embed, form, base, meta, style, link)';
+  for (const e of document.querySelectorAll(inside)) out.push(e.tagName);
+  return out}'''
 
 
 # the pieces: which runs are shown
@@ -625,6 +813,19 @@ def test_the_site_shows_committed_runs(tmp_path, monkeypatch):
     assert [path.parent.name for path in pages.run_files()] == ['kept', 'kept']
     (tmp_path / 'runs' / 'table' / 'kept' / 'result.json').unlink()
     assert shown() == [], 'a run without a result is none'
+
+
+def test_a_link_out_of_the_runs_is_no_file_of_theirs(tmp_path, monkeypatch):
+    import pages
+
+    monkeypatch.setattr(pages, 'ROOT', tmp_path)
+    plant(tmp_path, 'kept', 'mine')
+    (tmp_path / 'secret.json').write_text('{}')
+    for name, target in [('mine', tmp_path / 'secret.json'), ('kept', '../mine/notebook.ipynb')]:
+        link = tmp_path / 'runs' / 'table' / name / 'result.json'
+        link.unlink()
+        link.symlink_to(target)
+    assert [folder.name for folder in pages.run_folders()] == ['kept']
 
 
 @pytest.mark.skipif(not shutil.which('git'), reason='no git')
@@ -741,6 +942,53 @@ def test_a_run_does_not_show_what_its_notebook_hides(links):
     run = next(page for page in links.pages.values() if page.is_run)
     nb = dict(cells=[code_cell('#| hide\nsetup()'), code_cell('f(1)')])
     assert [cell['source'] for cell in cells(nb, run, links)] == ['f(1)']
+
+
+def displayed(kind, text):
+    return dict(output_type='display_data', data={kind: text}, metadata={})
+
+
+@pytest.mark.parametrize('kind', ['text/html', 'text/markdown', 'text/latex', 'image/svg+xml'])
+def test_outputs_of_runs_are_sanitised_and_our_own_stay(links, kind):
+    "An experiment shows a run's outputs, too."
+    from convert import cells
+
+    sources = ('f(1)', 'show_doc(f)')
+    nb = dict(cells=[code_cell(source, displayed(kind, ESCAPED)) for source in sources])
+    for name in ('experiments/train', 'reports/mamlpp'):
+        page = page_named(links, name)
+        made = json.dumps(cells(nb, page, links))
+        assert ('<script' in made or '<img src=\\"x' in made) != page.shows_runs
+
+
+def test_outputs_in_html_of_our_own_may_bring_scripts():
+    "Those in Markdown may not: a report writes tables of what runs say."
+    from build import brings_scripts
+
+    def brings(kind, text):
+        return brings_scripts(dict(cells=[code_cell('f()', displayed(kind, text))]))
+
+    assert brings('text/html', '<div></div><SCRIPT>plot()</SCRIPT>')
+    assert brings('text/html', '<button onclick="turn()">')
+    assert not brings('text/html', '<table class="dataframe"></table>')
+    assert not brings('text/markdown', ESCAPED)
+
+
+def test_what_a_run_says_is_still_said():
+    from safety import from_markdown, in_cell, in_words, sanitised
+
+    table = '| a | b |\n|---|---:|\n| **x** | `1<2` |'
+    (level, html), (deeper, words), _ = from_markdown(f'{table}\n\n## *Two* $x$ words\n\n$a^2$')
+    assert level == 0 and '<strong>x</strong>' in html and '<code>1&lt;2</code>' in html
+    assert '<table class="docutils">' in html and 'text-right' in html
+    assert (deeper, words) == (2, 'Two x words')
+    assert '<msup><mi>a</mi><mn>2</mn></msup>' in from_markdown('$a^2$')[0][1]
+    assert in_words('a*b*\n`c`|d') == r'a\*b\* \`c\`\|d'
+    assert in_cell('a`b|c') == r'``a`b\|c``'
+    frame = '<table border="1" class="dataframe"><tbody><tr><th>a</th></tr></tbody></table>'
+    assert sanitised(frame) == frame.replace(' border="1"', '')
+    picture = '<img src="data:image/png;base64,AAAA" alt="a">'
+    assert sanitised(picture) == picture
 
 
 def test_folded_cells_are_folded_and_keep_their_outputs(links):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -10,8 +11,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # for the processes that nbdev starts, too
 from convert import cells, lead_of, notebook, read, text_cell, titled, with_outputs_of
-from pages import ROOT, SECTIONS, Links, Page
+from pages import ROOT, SECTIONS, Links, Page, in_address
 from runs import LIST, parameters, result_of, run_list, run_page
+from safety import in_code, in_words
 
 PROC = ROOT / '_proc'
 DOCS = ROOT / '_docs'
@@ -106,10 +108,11 @@ def experiment(page: Page, nb, links):
         return with_outputs_of(nb, dict(cells=[]))[0], note
     executed = read(ROOT / run.source)
     asked = parameters(executed, 'injected-parameters')
-    told = ', '.join(f'`{k}={v!r}`' for k, v in asked.items() if k != 'scale')
-    link = f'[{run.name.removeprefix("runs/")}]({page.up}{run.name}.html)'
+    told = ', '.join(in_code(f'{k}={v!r}') for k, v in asked.items() if k != 'scale')
+    scale = in_words(result_of(run)['scale'])
+    link = f'[{in_words(run.name.removeprefix("runs/"))}]({page.up}{in_address(run.name)}.html)'
     note = (
-        f'They are those of an executed run, {link}, scale {result_of(run)["scale"]}, with {told}. '
+        f'They are those of an executed run, {link}, scale {scale}, with {told}. '
         'The values in the cell of parameters are those of a smoke test, which takes seconds.'
     )
     return with_outputs_of(nb, executed)[0], note
@@ -162,6 +165,14 @@ def is_newer(path: Path, sources: list[Path]) -> bool:
     return path.exists() and path.stat().st_mtime > max(p.stat().st_mtime for p in sources)
 
 
+def brings_scripts(made: dict) -> bool:
+    "Say whether a notebook's own outputs in HTML, or its text, hold scripts."
+    outs = [output for cell in made['cells'] for output in cell.get('outputs', [])]
+    texts = [output.get('data', {}).get('text/html', '') for output in outs]
+    texts += [cell['source'] for cell in made['cells'] if cell['cell_type'] == 'markdown']
+    return any(re.search(r'<script|<[^>]+\son\w+\s*=', text, re.I) for text in texts)
+
+
 def page_made(page: Page, links, there: Path) -> dict:
     "Make one page for Sphinx, and say what the templates should know of it."
     made, about = run_page(page, links) if page.is_run else nbs_page(page, links)
@@ -169,6 +180,8 @@ def page_made(page: Page, links, there: Path) -> dict:
     return about | dict(
         notebook=page.source,
         run=page.is_run,
+        shows_runs=page.shows_runs,
+        scripts=not page.shows_runs and brings_scripts(made),
         colab=links.colab(page.source),
         edit='' if page.is_run else links.at_home(page.source, 'edit'),
     )
@@ -178,6 +191,7 @@ def converted(links):
     "Make each notebook that nbdev processed, and each run, a page for Sphinx, where it changed."
     words = 'Every run behind a number of this site.'
     known = {LIST: dict(description=words, files={}, edit='', notebook='', colab='')}
+    known[LIST]['shows_runs'] = True
     before = json.loads(STATE.read_text(encoding='utf-8')) if STATE.exists() else {}
     same_pages = set(before) == {LIST, *(page.name for page in links.pages.values())}
     for page in links.pages.values():

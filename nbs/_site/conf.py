@@ -1,12 +1,17 @@
 """Sphinx's configuration of the site; build.py calls it."""
 
+import base64
+import hashlib
 import json
+import re
 import sys
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pages import ROOT, settings, site_address
+from safety import size_classes
 
 _settings = settings()
 project = _settings['title']
@@ -63,13 +68,6 @@ def linkcode_resolve(domain, info):
     return f'{address}#L{line}' if line else address
 
 
-def size_classes(cell) -> list[str]:
-    "Say by a table cell's length whether it stays on one line, and whether it needs room."
-    length = len(cell.astext())
-    limits = dict(short=length <= 26, tiny=length <= 14, long=length > 60)
-    return [name for name, holds in limits.items() if holds]
-
-
 def anchors(app, doctree):
     """Give names nbdev's anchors, in small letters, and table cells their sizes.
 
@@ -79,7 +77,7 @@ def anchors(app, doctree):
     from sphinx.addnodes import desc_signature
 
     for cell in doctree.findall(entry):
-        cell['classes'] += size_classes(cell)
+        cell['classes'] += size_classes(len(cell.astext()))
     for signature in doctree.findall(desc_signature):
         name = signature.get('fullname', '').lower()
         if name and name not in signature['ids']:
@@ -88,10 +86,36 @@ def anchors(app, doctree):
         app.env.metadata[app.env.docname] |= dict(orphan=True, nosearch=True)
 
 
+def theme_scripts() -> str:
+    "Name by their digests the scripts that the theme writes into every page."
+    theme = Path(find_spec('furo').origin).parent / 'theme' / 'furo' / 'base.html'
+    scripts = re.findall('(?s)<script>(.*?)</script>', theme.read_text(encoding='utf-8'))
+    digests = (hashlib.sha256(script.encode()).digest() for script in scripts)
+    return ' '.join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+
+
+def policy(page: dict) -> str:
+    """Say what a page may execute: the theme's scripts, whatever else may have got into it.
+
+    What shows a run asks no other machine either. A notebook of nbs/ whose own outputs bring
+    scripts, say a plot to turn, keeps them.
+    """
+    if page.get('scripts'):
+        return ''
+    rules = [f"script-src 'self' {theme_scripts()}", "object-src 'none'", "base-uri 'none'"]
+    if page.get('shows_runs'):
+        here = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
+        rules += [here, "form-action 'self'"]
+    return '; '.join(rules)
+
+
 def context(app, pagename, templatename, context, doctree):
     "Tell the templates what they know of a page."
     page = app.site.get(pagename, {})
     context['page'] = page
+    if rules := policy(page):
+        tag = f'<meta http-equiv="Content-Security-Policy" content="{escape(rules)}">'
+        context['metatags'] = tag + context.get('metatags', '')
     if words := page.get('description'):
         tag = f'<meta name="description" content="{escape(words)}">'
         context['metatags'] = context.get('metatags', '') + tag

@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from figures import alt_text
 from pages import Page
-from prose import front_matter, headings, markdown, relinked, said
+from prose import front_matter, headings, markdown, relinked, said, without_comments
+from safety import fenced, from_markdown, from_output, in_words
 
 PROGRESS = re.compile(r'\d+%\|.*\|')  # a progress bar, however far it came
 # a listing that says its language, as HTML
@@ -40,7 +41,7 @@ def shown_html(text: str) -> dict:
     "Show an output in HTML: a listing is highlighted as code, all else stands in a box."
     if listing := LISTING.fullmatch(text):
         code = html.unescape(listing['code']).strip('\n')
-        return {'text/markdown': f'```{listing["language"]}\n{code}\n```'}
+        return {'text/markdown': fenced(listing['language'], code)}
     text = re.sub(r'<style.*?</style>', '', text, flags=re.S)
     text = text.replace(' border="1"', '').replace(' style="text-align: right;"', '')
     return {'text/html': f'<div class="table-wrapper">{text}</div>'}
@@ -50,12 +51,23 @@ def shown_data(data: dict, page: Page, links) -> dict:
     "Choose what the site shows of an output's forms: a text, a table, a picture."
     data = {k: joined(v) for k, v in data.items() if not k.startswith('application/')}
     if 'text/markdown' in data:
-        return {'text/markdown': relinked(data['text/markdown'], page, links)}
+        data['text/markdown'] = relinked(data['text/markdown'], page, links)
+    if page.shows_runs:
+        return from_output(data)
+    if 'text/markdown' in data:
+        return {'text/markdown': data['text/markdown']}
     if 'text/html' in data:
         return shown_html(data['text/html'])
     if 'image/png' in data:
         return {'image/png': data['image/png']}
     return data
+
+
+def size_of(output) -> dict:
+    "Keep the size of a picture, which alone the site reads of what is told about an output."
+    told = output.get('metadata', {}).get('image/png', {})
+    size = {k: told[k] for k in ('width', 'height') if isinstance(told.get(k), int)}
+    return {'image/png': size} if size else {}
 
 
 def outputs(cell, page: Page, links) -> list[dict]:
@@ -64,6 +76,7 @@ def outputs(cell, page: Page, links) -> list[dict]:
     for output in copy.deepcopy(cell.get('outputs', [])):
         if 'data' in output:
             output['data'] = shown_data(output['data'], page, links)
+            output['metadata'] = size_of(output)
         elif output['output_type'] == 'stream':
             output['text'] = joined(output['text'])
             if out and out[-1].get('name') == output['name']:
@@ -109,8 +122,18 @@ def exported(source: str, folded: bool) -> dict:
     state = '' if folded else ' open'
     return text_cell(
         f'<details class="exported"{state}><summary>Exported source</summary>\n\n'
-        f'```python\n{source}\n```\n\n</details>'
+        f'{fenced("python", source)}\n\n</details>'
     )
+
+
+def told_by_run(source: str, page: Page, links) -> list[dict]:
+    "Convert the text of a run, a level below the page's own title: no tag and no directive counts."
+    out = []
+    for level, text in from_markdown(relinked(without_comments(source), page, links)):
+        heading = '#' * min(level + 1, 6)
+        raw = fenced('{raw} html', text)
+        out.append(text_cell(f'{heading} {in_words(text)}' if level else raw))
+    return out
 
 
 def documented(cell, page: Page, links) -> list[dict]:
@@ -145,7 +168,8 @@ def code(cell, page: Page, links, before='', heading='') -> dict:
     "Convert a code cell; `before` is the text that leads to it, under `heading`."
     found, source = directives(joined(cell['source']))
     outs = outputs(cell, page, links)
-    tags = [tag for tag in cell['metadata'].get('tags', []) if 'parameters' in tag]
+    kept = ('parameters', 'injected-parameters')
+    tags = [tag for tag in cell['metadata'].get('tags', []) if tag in kept]
     meta = dict(tags=tags + folding(found, source, page))
     if images := [o for o in outs if 'image/png' in o.get('data', {})]:
         alt = alt_text(source, before, heading, found.get('fig-alt', ''))
@@ -167,6 +191,14 @@ def is_hidden(cell) -> bool:
     return cell['cell_type'] == 'raw' or 'hide' in directives(source)[0] or empty
 
 
+def told(source: str, page: Page, links) -> list[dict]:
+    "Convert a cell of text."
+    if page.is_run:
+        return told_by_run(source, page, links)
+    text = markdown(source, page, links)
+    return [text_cell(text)] if text.strip() else []
+
+
 def cells(nb, page: Page, links) -> list[dict]:
     "Convert all cells but the title."
     out, before, heading = [], '', ''
@@ -176,10 +208,9 @@ def cells(nb, page: Page, links) -> list[dict]:
         source = joined(cell['source'])
         found, rest = directives(source)
         if cell['cell_type'] == 'markdown':
-            text = markdown(source, page, links)
-            out += [text_cell(text)] if text.strip() else []
+            out += told(source, page, links)
             before, heading = source, headings(source, heading)
-        elif rest.startswith('show_doc('):
+        elif rest.startswith('show_doc(') and not page.shows_runs:
             out += documented(cell, page, links)
         elif found.get('code-summary') == 'Exported source':
             out.append(exported(rest, found['code-fold'] == 'true'))

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import urllib.parse
 from configparser import ConfigParser
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,11 @@ class Page:
     @property
     def is_experiment(self):
         return self.source.startswith('nbs/experiments/')
+
+    @property
+    def shows_runs(self):
+        "Whether its outputs are those of a run: data, which anyone may have committed."
+        return self.is_run or self.is_experiment
 
     @property
     def folder(self):
@@ -141,6 +147,16 @@ def committed(folder: str) -> list[str] | None:
     return [name for name in asked.stdout.split('\0') if name]
 
 
+def is_file_in(folder: Path, path: Path) -> bool:
+    "Say whether a file is there, and no symbolic link leads it out of a folder."
+    return path.is_file() and path.resolve().is_relative_to(folder)
+
+
+def in_address(path: str) -> str:
+    "Write a file's path as part of an address."
+    return urllib.parse.quote(path, safe='/=+,@')
+
+
 def run_files() -> list[Path]:
     """List the files of executed runs, from the repository's root.
 
@@ -154,7 +170,8 @@ def run_files() -> list[Path]:
     else:
         found = [Path(name) for name in names]
     kept = (p for p in found if is_shown(p) and '_smoke' not in p.parent.name)
-    return sorted(p for p in kept if (ROOT / p).is_file())
+    inside = (ROOT / 'runs').resolve()
+    return sorted(p for p in kept if is_file_in(inside, ROOT / p))
 
 
 def run_folders() -> list[Path]:
@@ -206,9 +223,9 @@ class Links:
         if page.is_run:
             path = self.moved(path)
         if path in self.pages:
-            return f'{page.up}{self.pages[path].name}.html{mark}{fragment}'
+            return f'{page.up}{in_address(self.pages[path].name)}.html{mark}{fragment}'
         if path in self.files:
-            return page.up + path
+            return page.up + in_address(path)
         if not (ROOT / path).exists() or path.startswith('..'):
             raise ValueError(
                 f'{page.source}: a link to {link}, but there is no {path} in the repository'
@@ -226,9 +243,10 @@ class Links:
 
     def at_home(self, path: str, verb: str = 'blob') -> str:
         "Give a file's address at the repository's home."
-        return f'{self.git}/{verb}/{self.branch}/{path}'
+        return f'{self.git}/{verb}/{self.branch}/{in_address(path)}'
 
     def colab(self, path: str) -> str:
         "Give the address at which Colab opens a notebook."
         repository = self.git.removeprefix('https://github.com/')
-        return f'https://colab.research.google.com/github/{repository}/blob/{self.branch}/{path}'
+        at = f'{repository}/blob/{self.branch}/{in_address(path)}'
+        return f'https://colab.research.google.com/github/{at}'

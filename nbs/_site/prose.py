@@ -60,10 +60,14 @@ def callouts(text: str) -> str:
     return re.sub(r'^(:{3,})\s*\{\.callout-(\w+)([^}]*)\}\s*$', opened, text, flags=re.M)
 
 
+def without_comments(text: str) -> str:
+    "Leave out what stands between `<!--` and `-->`."
+    return outside_code(text, lambda prose: re.sub(r'<!--.*?-->', '', prose, flags=re.S))
+
+
 def markdown(text: str, page: Page, links) -> str:
     "Convert the text of a Markdown cell."
-    text = outside_code(text, lambda prose: re.sub(r'<!--.*?-->', '', prose, flags=re.S))
-    return relinked(callouts(text), page, links)
+    return relinked(callouts(without_comments(text)), page, links)
 
 
 def said(text: str) -> str:

@@ -1,11 +1,11 @@
 """Pages of executed runs: what was asked, what came out, the notebook; and the list of all."""
 
 import ast
-import copy
 import json
 import re
 from convert import cells, joined, notebook, read, text_cell, titled
-from pages import ROOT, Page
+from pages import ROOT, Page, in_address
+from safety import in_cell, in_code, in_words
 
 LIST = 'runs/index'
 LEAD = (
@@ -26,7 +26,7 @@ def parameters(nb, tag='parameters') -> dict:
 
 
 def value(v) -> str:
-    return f'`{json.dumps(v, ensure_ascii=False)}`'
+    return in_cell(json.dumps(v, ensure_ascii=False))
 
 
 def result_of(page: Page) -> dict:
@@ -52,7 +52,7 @@ def table(head, rows) -> str:
 
 
 def parameter_table(params: dict) -> str:
-    return table(('parameter', 'value'), [(f'`{k}`', value(v)) for k, v in params.items()])
+    return table(('parameter', 'value'), [(in_cell(k), value(v)) for k, v in params.items()])
 
 
 def experiment_of(result, links) -> Page | None:
@@ -63,35 +63,38 @@ def experiment_of(result, links) -> Page | None:
 def experiment_link(page: Page, result, links) -> str:
     experiment = experiment_of(result, links)
     if experiment:
-        return f'[{result["notebook"]}]({page.up}{experiment.name}.html)'
-    return f'`{result.get("notebook")}`'
+        return f'[{in_words(result["notebook"])}]({page.up}{experiment.name}.html)'
+    return in_cell(result.get('notebook'))
 
 
 def commit_link(result, links) -> str:
-    if not result.get('commit'):
-        return '–'
-    link = f'[`{result["commit"][:7]}`]({links.git}/commit/{result["commit"]})'
+    commit = str(result.get('commit') or '')
+    if not re.fullmatch('[0-9a-f]+', commit):
+        return in_words(commit) or '–'
+    link = f'[`{commit[:7]}`]({links.git}/commit/{commit})'
     return link + (', with uncommitted changes' if result.get('dirty') else '')
 
 
 def facts(page: Page, result, links) -> str:
     "Write the head of a run's page: the experiment, the number, the machine, the code."
-    tasks = f'digest `{result["episodes_digest"]}`' if result.get('episodes_digest') else '–'
+    digest = result.get('episodes_digest')
+    tasks = f'digest {in_cell(digest)}' if digest else '–'
+    versions = ', '.join(f'{k} {v}' for k, v in result['versions'].items())
     rows = {
         'experiment': experiment_link(page, result, links),
-        'scale': result['scale'],
-        'seed': result['params'].get('seed', '–'),
+        'scale': in_words(result['scale']),
+        'seed': in_words(result['params'].get('seed', '–')),
     }
     if number := accuracy(result):
         n_tasks = result['metrics']['test_accuracy']['n']
-        rows['test accuracy, %'] = f'{number} ({n_tasks} tasks)'
+        rows['test accuracy, %'] = in_words(f'{number} ({n_tasks} tasks)')
     rows |= {
         'test tasks': tasks,
-        'machine': result['device'],
+        'machine': in_words(result['device']),
         'time': duration(result['seconds']),
-        'finished': result['finished'][:10],
+        'finished': in_words(result['finished'][:10]),
         'commit': commit_link(result, links),
-        'versions': ', '.join(f'{k} {v}' for k, v in result['versions'].items()),
+        'versions': in_words(versions),
     }
     return table(('this run', ''), rows.items())
 
@@ -134,11 +137,11 @@ def run_page(page: Page, links) -> tuple[dict, dict]:
     words = described(result, links)
     body = [cell for cell in nb['cells'] if not is_told_above(cell)]
     made = [
-        titled(f'`{result["run"]}`', words),
+        titled(in_code(result['run']), in_words(words)),
         text_cell(facts(page, result, links)),
         text_cell(asked_and_others(result, asked)),
         text_cell('## The notebook, as it was executed'),
-        *deeper(cells(dict(cells=body), page, links)),
+        *cells(dict(cells=body), page, links),
     ]
     folder = page.source.removesuffix('notebook.ipynb')
     names = ('result.json', 'metrics.csv', 'tasks.csv', 'learner.safetensors')
@@ -146,20 +149,11 @@ def run_page(page: Page, links) -> tuple[dict, dict]:
     return notebook(made), dict(description=words, files=files)
 
 
-def deeper(made: list[dict]) -> list[dict]:
-    "Put headings one level down, under the page's own."
-    made = copy.deepcopy(made)
-    for cell in made:
-        if cell['cell_type'] == 'markdown':
-            cell['source'] = re.sub(r'^(#{1,5}) ', r'#\1 ', cell['source'], flags=re.M)
-    return made
-
-
 def list_row(page: Page, result) -> tuple:
     return (
-        f'[{result["run"]}]({page.name.removeprefix("runs/")}.html)',
-        result['notebook'].removesuffix('.ipynb'),
-        result['scale'],
+        f'[{in_words(result["run"])}]({in_address(page.name.removeprefix("runs/"))}.html)',
+        in_words(result['notebook'].removesuffix('.ipynb')),
+        in_words(result['scale']),
         accuracy(result),
         duration(result['seconds']),
     )
@@ -176,7 +170,7 @@ def run_list(links) -> str:
     head = ('run', 'experiment', 'scale', 'test accuracy, %', 'time')
     for name, rows in sorted(groups.items()):
         batch = f'nbs/experiments/{name}.yaml'
-        listed = f'Listed in [{name}.yaml](../{batch}).'
+        listed = f'Listed in [{in_words(name)}.yaml](../{in_address(batch)}).'
         origin = listed if batch in links.files else SINGLE
-        parts.append(f'## {name}\n\n{origin}\n\n{table(head, rows)}\n')
+        parts.append(f'## {in_words(name)}\n\n{origin}\n\n{table(head, rows)}\n')
     return '\n'.join(parts)
