@@ -7,7 +7,6 @@ __all__ = ['twins', 'mini_imagenet']
 
 # %% ../../nbs/data/09_mini_imagenet.ipynb #c5e1fb5b
 import csv
-import hashlib
 import os
 import re
 from pathlib import PurePosixPath
@@ -266,15 +265,27 @@ def twins(
     other: ImageBank,
 ) -> list[tuple]:  # ((class, position in it) in `bank`, the same of its twin in `other`)
     "Find the images of a bank that are also in another one, pixel for pixel."
-    place = {digest: where for where, digest in _images_of(other)}
-    return [(where, place[digest]) for where, digest in _images_of(bank) if digest in place]
+    place = {}
+    for where, image in _images_of(other):
+        place.setdefault(_sketch(image), []).append((where, image))
+    pairs = []
+    for where, image in _images_of(bank):
+        alike = place.get(_sketch(image), [])
+        pairs += [(where, twin) for twin, pixels in alike if np.array_equal(image, pixels)][:1]
+    return pairs
 
 
 def _images_of(bank):
-    "Yield class and position of each image, and a digest of its pixels."
+    "Yield class and position of each image, and its pixels."
     for number, c in enumerate(bank.classes):
         for i, image in enumerate(bank[number].cpu().numpy()):
-            yield (c, i), hashlib.sha256(np.ascontiguousarray(image)).digest()
+            yield (c, i), image
+
+
+def _sketch(image):
+    "Some sixteen rows and columns of an image: twins have the same, and few others do."
+    step = max(1, image.shape[-1] // 16)
+    return image[:, ::step, ::step].tobytes()
 
 
 def _without(bank, pairs):
