@@ -1074,7 +1074,7 @@ def smoke_rows(paper):
 
 @pytest.mark.parametrize('paper', sorted({paper_of(path) for path in BATCHES}))
 def test_smoke_of_every_batch_file(tmp_path, monkeypatch, paper):
-    "`fewshotmeta batch FILE --scale smoke`: every table and figure, on drawn characters."
+    "Every table and figure at scale smoke, on drawn characters, in this process."
     monkeypatch.setenv('FEWSHOTMETA_WORKERS', '1')  # `make test` runs several tests at a time
     monkeypatch.chdir(ROOT / 'nbs' / 'experiments')
     for p in smoke_rows(paper).values():
@@ -1088,7 +1088,9 @@ def test_smoke_of_every_batch_file(tmp_path, monkeypatch, paper):
 
 @pytest.mark.parametrize('paper', sorted({paper_of(path) for path in BATCHES}))
 def test_smoke_of_a_batch_by_the_runner(tmp_path, monkeypatch, paper):
-    "The last row of each paper, and what it begins from, in kernels of their own."
+    """`fewshotmeta batch FILE --scale smoke`: the last row of each paper, and what it begins from.
+
+    In kernels of their own."""
     monkeypatch.setenv('FEWSHOTMETA_WORKERS', '1')
     path = [path for path in BATCHES if paper_of(path) == paper][-1]
     *_, last = read_batch(path, 'smoke', runs=tmp_path)

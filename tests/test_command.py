@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import fewshotmeta
 import fewshotmeta.lab.command as C
 from conftest import ROOT
+from fewshotmeta.data.datasets import DATASETS
 from fewshotmeta.data.files import read_json
 from fewshotmeta.lab.command import main
 from fewshotmeta.lab.parameters import default_name, merge_parameters, read_parameters
@@ -186,7 +188,9 @@ def test_data(tmp_path, capsys):
     ):
         assert words in out
     assert main(['data', '--get', 'imagenet', '--root', str(tmp_path)]) == 2
-    assert 'choose one of omniglot' in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert '--get imagenet: choose one of ' in said
+    assert set(DATASETS) <= set(re.findall(r'\w+', said))
 
 
 # ---- tab completion

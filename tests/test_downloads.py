@@ -84,7 +84,7 @@ def test_omniglot_in_two_archives(tmp_path, capsys):
         out = capsys.readouterr().out
         where = root / 'omniglot-py'
         state = 'incomplete' if count else 'found     '
-        assert f'{state}  omniglot       {where}   {n:,} classes, {n:,} images\n' in out
+        assert f'{state}  omniglot        {where}   {n:,} classes, {n:,} images\n' in out
         assert (f'            {count} of 1,623 classes have no images' in out) == bool(count)
         assert told(root, 'omniglot')['found'] is not bool(count)
     assert len(all_of(root)) == 1623
@@ -348,7 +348,7 @@ def test_what_lacks_is_said_by_the_command(tmp_path, capsys):
     assert main(['data', '--root', str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     where = tmp_path / 'CUB_200_2011' / 'images'
-    at = lines.index(f'incomplete  cub            {where}')
+    at = lines.index(f'incomplete  cub             {where}')
     assert lines[at + 1].strip() == f'{where}, which is empty, has no images'
     assert lines[at + 2].strip().startswith('200 of 200 classes have no images')
     assert 'CUB_200_2011.tgz' in lines[at + 3]

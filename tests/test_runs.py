@@ -597,9 +597,6 @@ def injected_into(nb):
 
 
 # ---- what a notebook's own cells do to a run
-SAID = f'print("begun")\n{REPORT}'
-
-
 @pytest.mark.parametrize('exit', ['import sys\nsys.exit(0)', 'exit()'])
 def test_a_cell_that_exits_says_where_the_notebook_stopped(tmp_path, exit):
     nb = notebook(tmp_path, PARAMETERS, exit, REPORT)

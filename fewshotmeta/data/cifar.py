@@ -6,6 +6,8 @@
 __all__ = ['cifar_fs', 'fc100']
 
 # %% ../../nbs/data/11_cifar.ipynb #0ab86d59
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -15,7 +17,8 @@ from .banks import DATASETS, ImageBank, cached, splits
 from .images import IMAGE_SUFFIXES, BadImage, DataMissing, as_pixels, build_bank
 from .images import check_pixels, class_folders, fingerprint, images_in
 from .pickles import read_pickle, text_of
-from .places import count_images, data_missing, place_of, try_download
+from .places import count_images, count_splits, data_missing, place_of
+from .places import try_download
 
 # %% ../../nbs/data/11_cifar.ipynb #fa2fcd8c
 _TITLES = dict(cifar_fs='CIFAR_FS', fc100='FC100')
@@ -174,34 +177,21 @@ def _bank(name, split, pixels, reading):
 
 # %% ../../nbs/data/11_cifar.ipynb #414f16fc
 def _count(name, root):
-    "Count the classes and images of a set, split by split."
-    lacking, totals = [], np.zeros(2, int)
-    for split in splits(name):
-        layout = _layout(name, root, split)
-        try:
-            found = _count_split(name, split, *layout) if layout else (0, 0, ['is not there'])
-        except (OSError, ValueError) as e:
-            found = 0, 0, [str(e)]
-        totals += found[:2]
-        lacking += [f'{split}: {fault}' for fault in found[2]]
-    return *totals.tolist(), lacking
+    "Count the classes and images of a set."
+    return count_splits(splits(name), partial(_count_split, name, root))
 
 
-def _count_split(name, split, read, paths):
+def _count_split(name, root, split):
     "Count one split; pickles are read for it."
+    layout = _layout(name, root, split)
+    if not layout:
+        return 0, 0, ['is not there']
+    read, paths = layout
     if read is _of_folders:
         files = _files_of(name, split, paths)
         return count_images(files, list(files), channels=3, expect=(32, 32))
     pixels = read(name, split, paths)
     return len(pixels), sum(map(len, pixels.values())), []
-
-
-def _count_cifar_fs(root):
-    return _count('cifar_fs', root)
-
-
-def _count_fc100(root):
-    return _count('fc100', root)
 
 # %% ../../nbs/data/11_cifar.ipynb #37a874c9
 def _place(name, files):
@@ -226,18 +216,10 @@ def _place(name, files):
     return placed
 
 # %% ../../nbs/data/11_cifar.ipynb #1a47a212
-def _place_cifar_fs(files):
-    return _place('cifar_fs', files)
-
-
-def _place_fc100(files):
-    return _place('fc100', files)
-
-
 _GET = (
     '`fewshotmeta data --get {name}` downloads CIFAR-100 (169 MB, www.cs.toronto.edu/~kriz); or '
-    '`fewshotmeta data --unpack` cifar-100-python.tar.gz, to {{0}}/cifar-100-python; or put '
-    '{title}_{{{{train,val,test}}}}.pickle or {{{{train,val,test}}}}/CLASS into {{0}}/{place}'
+    '`fewshotmeta data --unpack` cifar-100-python.tar.gz, to ROOT/cifar-100-python; or put '
+    '{title}_{{train,val,test}}.pickle or {{train,val,test}}/CLASS into ROOT/{place}'
 )
 
 # %% ../../nbs/data/11_cifar.ipynb #7d95902f
@@ -246,8 +228,8 @@ _GET = (
     place='cifar-fs',
     also='cifar-100-python',
     get=_GET.format(name='cifar_fs', title='CIFAR_FS', place='cifar-fs'),
-    count=_count_cifar_fs,
-    unpack=_place_cifar_fs,
+    count=partial(_count, 'cifar_fs'),
+    unpack=partial(_place, 'cifar_fs'),
 )
 def cifar_fs(
     split: str = 'train',  # train, val, test
@@ -266,8 +248,8 @@ def cifar_fs(
     place='fc100',
     also='cifar-100-python',
     get=_GET.format(name='fc100', title='FC100', place='fc100'),
-    count=_count_fc100,
-    unpack=_place_fc100,
+    count=partial(_count, 'fc100'),
+    unpack=partial(_place, 'fc100'),
 )
 def fc100(
     split: str = 'train',  # train, val, test

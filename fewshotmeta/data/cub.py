@@ -23,7 +23,7 @@ def _count_cub(root):
 
 _GET = (
     'get CUB_200_2011.tgz (1.1 GB, data.caltech.edu/records/65de6-vp158) and '
-    '`fewshotmeta data --unpack` it, to {}/CUB_200_2011/images/001.Black_footed_Albatross'
+    '`fewshotmeta data --unpack` it, to ROOT/CUB_200_2011/images/001.Black_footed_Albatross'
 )
 
 # %% ../../nbs/data/12_cub.ipynb #80c54026

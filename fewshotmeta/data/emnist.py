@@ -104,7 +104,7 @@ def _count_emnist(root):
 _GET = (
     '`fewshotmeta data --get emnist` downloads it (560 MB, NIST); '
     'or `fewshotmeta data --unpack` gzip.zip, or '
-    'emnist-byclass-test-{{images-idx3,labels-idx1}}-ubyte.gz of it, to {}/EMNIST/raw'
+    'emnist-byclass-test-{images-idx3,labels-idx1}-ubyte.gz of it, to ROOT/EMNIST/raw'
 )
 
 # %% ../../nbs/data/07_emnist.ipynb #59e1f79c

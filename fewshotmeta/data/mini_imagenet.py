@@ -9,6 +9,7 @@ __all__ = ['twins', 'mini_imagenet']
 import csv
 import os
 import re
+from functools import partial
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -20,7 +21,8 @@ from .banks import DATASETS, ImageBank, cached, splits
 from .images import IMAGE_SUFFIXES, BadImage, DataMissing, as_pixels, build_bank
 from .images import check_pixels, class_folders, fingerprint, images_in
 from .pickles import read_pickle, text_of
-from .places import count_images, data_missing, held, names_in, place_of
+from .places import count_images, count_splits, data_missing, held, names_in
+from .places import place_of
 
 # %% ../../nbs/data/09_mini_imagenet.ipynb #6d70fa53
 def _mini_layout(base, split):
@@ -170,16 +172,9 @@ def _mini_bank(base, split, reading):
 
 # %% ../../nbs/data/09_mini_imagenet.ipynb #0c6ae94d
 def _count_mini_imagenet(root):
-    "Count mini-ImageNet's classes and images, split by split."
-    base, lacking, totals = place_of('mini_imagenet', root), [], [0, 0]
-    for split in splits('mini_imagenet'):
-        try:
-            classes, images, faults = _count_split(base, split)
-        except (OSError, ValueError, csv.Error) as e:
-            classes, images, faults = 0, 0, [str(e)]
-        totals = [totals[0] + classes, totals[1] + images]
-        lacking += [f'{split}: {fault}' for fault in faults]
-    return *totals, lacking
+    "Count mini-ImageNet's classes and images."
+    base = place_of('mini_imagenet', root)
+    return count_splits(splits('mini_imagenet'), partial(_count_split, base))
 
 
 def _count_split(base, split):
@@ -207,9 +202,9 @@ def _absent(paths):
 _GET = (
     "its images are ImageNet's and are not ours to hand out: put train.csv, val.csv, test.csv "
     '(filename,label; the split of Ravi and Larochelle) and images/*.jpg into '
-    '{0}/mini-imagenet, or one folder of images a class as '
-    '{0}/mini-imagenet/{{train,val,test}}/CLASS or all 100 as {0}/mini-imagenet/CLASS, '
-    'or mini-imagenet-cache-{{train,val,test}}.pkl into {0}/mini-imagenet; '
+    'ROOT/mini-imagenet, or one folder of images a class as '
+    'ROOT/mini-imagenet/{train,val,test}/CLASS or all 100 as ROOT/mini-imagenet/CLASS, '
+    'or mini-imagenet-cache-{train,val,test}.pkl into ROOT/mini-imagenet; '
     '`fewshotmeta data --unpack` does it for an archive of these'
 )
 

@@ -62,7 +62,7 @@ def _count_omniglot(root):
 _GET = (
     '`fewshotmeta data --get omniglot` downloads it (10 MB, github.com/brendenlake/omniglot); '
     'or `fewshotmeta data --unpack` images_background.zip and images_evaluation.zip, '
-    'to {}/omniglot-py'
+    'to ROOT/omniglot-py'
 )
 
 # %% ../../nbs/data/06_omniglot.ipynb #cca3de8c

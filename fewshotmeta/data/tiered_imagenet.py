@@ -8,6 +8,7 @@ __all__ = ['tiered_imagenet']
 # %% ../../nbs/data/10_tiered_imagenet.ipynb #320019e9
 import io
 import zipfile
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from .banks import DATASETS, ImageBank, cached, splits
 from .images import IMAGE_SUFFIXES, BadImage, DataMissing, as_pixels, build_bank
 from .images import check_pixels, class_folders, fingerprint, images_in, read_image
 from .pickles import read_pickle, text_of
-from .places import count_images, data_missing, place_of
+from .places import count_images, count_splits, data_missing, place_of
 
 # %% ../../nbs/data/10_tiered_imagenet.ipynb #01a34e2c
 def _layout(base, split):
@@ -26,8 +27,7 @@ def _layout(base, split):
     if (base / split).is_dir():
         return [base / split]
     labels = base / f'{split}_labels.pkl'
-    for form in ('png.pkl', 'npz'):
-        name = f'{split}_images_{form}' if form == 'png.pkl' else f'{split}_images.{form}'
+    for name in (f'{split}_images_png.pkl', f'{split}_images.npz'):
         if labels.is_file() and (base / name).is_file():
             return [base / name, labels]
     return None
@@ -147,21 +147,16 @@ def _bank(split, paths, reading):
 
 # %% ../../nbs/data/10_tiered_imagenet.ipynb #defd10bf
 def _count_tiered(root):
-    "Count tiered-ImageNet's classes and images, split by split."
-    base, lacking, totals = place_of('tiered_imagenet', root), [], np.zeros(2, int)
-    for split in splits('tiered_imagenet'):
-        paths = _layout(base, split)
-        try:
-            found = _count_split(split, paths) if paths else (0, 0, ['is not there'])
-        except (OSError, ValueError) as e:
-            found = 0, 0, [str(e)]
-        totals += found[:2]
-        lacking += [f'{split}: {fault}' for fault in found[2]]
-    return *totals.tolist(), lacking
+    "Count tiered-ImageNet's classes and images."
+    base = place_of('tiered_imagenet', root)
+    return count_splits(splits('tiered_imagenet'), partial(_count_split, base))
 
 
-def _count_split(split, paths):
+def _count_split(base, split):
     "Count the classes and images of one split."
+    paths = _layout(base, split)
+    if not paths:
+        return 0, 0, ['is not there']
     if len(paths) == 2:
         labels, names = _labels_of(paths[1], split)
         return len(names), len(labels), []
@@ -188,9 +183,9 @@ _FORMS = '{}_images_png.pkl', '{}_images.npz', '{}_labels.pkl'
 _STORED = {form.format(split) for form in _FORMS for split in ('train', 'val', 'test')}
 _GET = (
     "its images are ImageNet's and are not ours to hand out: put "
-    '{{train,val,test}}_images_png.pkl (or _images.npz) and {{train,val,test}}_labels.pkl into '
-    '{0}/tiered-imagenet, or one folder of images a class as '
-    '{0}/tiered-imagenet/{{train,val,test}}/CLASS; `fewshotmeta data --unpack` '
+    '{train,val,test}_images_png.pkl (or _images.npz) and {train,val,test}_labels.pkl into '
+    'ROOT/tiered-imagenet, or one folder of images a class as '
+    'ROOT/tiered-imagenet/{train,val,test}/CLASS; `fewshotmeta data --unpack` '
     'does it for an archive of these, such as tiered-imagenet.tar '
     '(github.com/renmengye/few-shot-ssl-public)'
 )

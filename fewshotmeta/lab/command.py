@@ -511,7 +511,7 @@ def _describe_data(row):
     "The lines about a data set: whether it would open, what it has, what it lacks, how to get it."
     state = 'incomplete' if row['lacking'] else ('missing', 'found')[row['found']]
     counts = [f'{row[what]:,} {what}' for what in ('classes', 'images') if row[what]]
-    line = f'{state:10s}  {row["name"]:14s} {row["where"]}   {", ".join(counts)}'.rstrip()
+    line = f'{state:10s}  {row["name"]:15s} {row["where"]}   {", ".join(counts)}'.rstrip()
     ways = [] if row['found'] else [row['how']]
     return [line, *(f'{"":12s}{more}' for more in [*row['lacking'], *ways])]
 
@@ -528,14 +528,13 @@ def _unpack(archive, root, limit):
 # %% ../../nbs/lab/20_command.ipynb #3cb35fbf
 def _get(name, root):
     "Load one split of a data set, which downloads it where that is possible."
+    from fewshotmeta.data import datasets  # which registers them
     from fewshotmeta.data.banks import DATASETS
 
-    first = dict(omniglot='train', emnist='test', mini_imagenet='train', cub='base', glyphs='train')
-    first |= dict(cifar_fs='train', fc100='train', tiered_imagenet='train')
-    if name not in first:
-        raise ValueError(f'--get {name}: choose one of {", ".join(first)}')
+    if name not in DATASETS:
+        raise ValueError(f'--get {name}: choose one of {", ".join(sorted(DATASETS))}')
     where = {} if name == 'glyphs' else dict(root=root)
-    DATASETS[name](first[name], **where)
+    DATASETS[name](**where)
 
 # %% ../../nbs/lab/20_command.ipynb #88bb3e68
 def _add_bench(subcommands):
