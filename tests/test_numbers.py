@@ -245,9 +245,9 @@ def shown(report):
 
 
 def results_of(run):
-    "The results of a run, all its seeds, at the largest of the two scales that there is."
+    "The results of a run, all its seeds, at the largest scale that there is."
     table, name = run.split('/')
-    for scale in ('paper', 'short'):
+    for scale in reversed(SCALES[1:]):
         files = sorted((ROOT / 'runs' / table).glob(f'{name}_{scale}*/result.json'))
         whole = re.compile(rf'{re.escape(name)}_{scale}(_seed\d+)?')
         found = [read_json(f) for f in files if whole.fullmatch(f.parent.name)]
@@ -339,7 +339,7 @@ def test_milliseconds_of_an_iteration():
             assert cell == f'{ms:.1f} ms, {ratio:.2f}', (name, step)
 
 
-NAMED = re.compile(r'(.+)_(short|paper)(_seed\d+)?')
+NAMED = re.compile(rf'(.+)_({"|".join(SCALES[1:])})(_seed\d+)?')
 
 
 def test_every_committed_run_of_a_table_stands_in_a_report():
@@ -355,7 +355,7 @@ def test_every_committed_run_of_a_table_stands_in_a_report():
     for d in ours:
         run, scale, _ = NAMED.fullmatch(d.name).groups()
         name = f'{d.parent.name}/{d.name}'
-        largest = scale == min(scales[d.parent, run])  # paper before short
+        largest = scale == max(scales[d.parent, run], key=SCALES.index)
         if largest and f'runs/{name}/notebook.ipynb' not in text:
             missing.append(name)
     assert not missing, f'execute nbs/reports again, or give these a place: {missing}'

@@ -16,6 +16,7 @@ import torch
 import fewshotmeta
 from conftest import ROOT
 from fewshotmeta.data.files import read_json, write_json
+from fewshotmeta.lab.batches import SCALES
 from fewshotmeta.lab.execution import RESULT_TYPE, RunFailed, _last_states, report, run_folder
 from fewshotmeta.lab.locks import RunBusy
 from fewshotmeta.lab.parameters import BadParameters
@@ -580,7 +581,7 @@ def test_committed_results_are_whole():
     "Each result under runs/ has its executed notebook, a scale, and the parameters injected."
     for path in (ROOT / 'runs').glob('*/*/result.json'):
         result, nb = read_json(path), nbformat.read(path.parent / 'notebook.ipynb', 4)
-        assert result['scale'] in ('smoke', 'short', 'paper')
+        assert result['scale'] in SCALES
         given = injected_into(nb)
         assert all(result['params'][k] == v for k, v in given.items())
         data = [o.get('data', {}) for c in nb.cells for o in c.get('outputs', [])]

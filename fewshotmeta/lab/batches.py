@@ -23,7 +23,7 @@ from .parameters import merge_parameters, parse_value, read_parameters, runs_fol
 from .parameters import split_name
 
 # %% ../../nbs/lab/06_batches.ipynb #71d4b82d
-SCALES = ('smoke', 'short', 'paper')
+SCALES = ('smoke', 'short', 'long', 'code', 'paper')  # by length
 
 
 class BadBatch(ValueError):
@@ -404,7 +404,7 @@ def _in_order(planned):
 # %% ../../nbs/lab/06_batches.ipynb #ec2b6e6c
 def read_batch(
     path,  # the YAML file, or the name of one that comes with the package
-    scale: str = '',  # smoke, short or paper; none: short, or the file's first one
+    scale: str = '',  # one of SCALES that the file has; none: short, or its first one
     only: str = '*',  # a pattern for the names of the runs
     runs=None,  # the folder of all runs; none: `runs` in the project
 ) -> list[Planned]:  # each after what it begins from

@@ -64,7 +64,7 @@ class Ours:
     meaning: str  # what ± is
     n: int  # test tasks of a run
     seeds: int  # runs
-    scale: str  # short or paper
+    scale: str  # one of SCALES but smoke
     folders: tuple  # of the runs
     queries: int | None = None  # of a class in a test task
 
@@ -94,7 +94,7 @@ def _same(results):
     "The first result, if the others differ from it in the seed alone."
     first, name = results[0], results[0]['run']
     if first['scale'] == 'smoke':
-        raise ValueError(f'{name} is a smoke run, no result: run it at scale short or paper')
+        raise ValueError(f'{name} is a smoke run, no result: run it at another scale')
     parameters = set.intersection(*(set(r['params']) for r in results)) - _MAY_DIFFER
     for r in results[1:]:
         other = sorted(k for k in parameters if r['params'][k] != first['params'][k])
@@ -186,7 +186,7 @@ def coverage(
     "Count the runs of batch files at `short`, those wanting, and what `paper` has besides."
     rows = []
     for file in sorted(map(Path, files)):
-        plan, whole = (_planned_at(file, scale, runs) for scale in SCALES[1:])
+        plan, whole = (_planned_at(file, scale, runs) for scale in ('short', 'paper'))
         wanting = [p for p in plan if not (p.folder / 'result.json').is_file()]
         names = ', '.join(dict.fromkeys(map(_planned_name, wanting)))
         more = set(map(_planned_name, whole)) - set(map(_planned_name, plan))

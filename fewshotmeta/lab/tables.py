@@ -9,6 +9,7 @@ __all__ = ['beside_table', 'wide_table']
 import re
 import string
 
+from .batches import SCALES
 from .published import markdown_table
 from .reports import NOT_BUILT, NO_DATA
 
@@ -123,5 +124,6 @@ def _origin(cells):
     said = {}
     for name in ('run', 'scale', 'seeds', 'tasks', 'queries', 'ours ±'):
         said[name] = ' '.join(dict.fromkeys(str(r[name]) for r in with_run))
-    run = re.sub(r'_(?:short|paper)(?:_seed\d+)?\]', ']', said.pop('run'))
+    scales = '|'.join(SCALES[1:])
+    run = re.sub(rf'_(?:{scales})(?:_seed\d+)?\]', ']', said.pop('run'))
     return [run or ', '.join(dict.fromkeys(r['ours'] for r in cells)), *said.values()]
