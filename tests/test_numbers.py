@@ -216,7 +216,12 @@ MEANT = {
         ('neither', 'accuracy', 'hypermaml_t4/plain', 'test_accuracy'),
         ('enhancement', 'accuracy', 'hypermaml_t4/enhanced', 'test_accuracy'),
         ('switch', 'accuracy', 'hypermaml_t4/switched', 'test_accuracy'),
-        ('switch and enhancement', 'accuracy', 'hypermaml_t4/switched_enhanced', 'test_accuracy'),
+        (
+            'switch and enhancement',
+            'accuracy',
+            'hypermaml_t2/emnist_hypermaml_1shot',
+            'test_accuracy',
+        ),
         (
             'HyperMAML',
             'Omniglot→EMNIST 1-shot',
