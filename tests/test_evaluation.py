@@ -147,6 +147,27 @@ def test_the_losses_by_hand(test, several):
         assert loss.item() == pytest.approx(by_hand.item(), abs=1e-4)
 
 
+@pytest.mark.parametrize('several', [False, True])
+def test_without_a_curve_the_queries_are_answered_once(test, several, monkeypatch):
+    "The last column of the curve and the same losses, to the bit."
+    learner, asked = small(), []
+    if several:
+        learner = Ensemble([learner, small()])
+    predict = type(learner).predict
+
+    def counted(*args):
+        asked.append(1)
+        return predict(*args)
+
+    monkeypatch.setattr(type(learner), 'predict', counted)
+    whole = measure(learner, test, 9, steps=3)
+    calls = len(asked)
+    last = measure(learner, test, 9, steps=3, curve=False)
+    assert len(asked) - calls == calls / 4
+    assert torch.equal(last.accuracies, whole.accuracies[:, -1:])
+    assert torch.equal(last.losses, whole.losses)
+
+
 # ---- seen while it goes on
 class Terminal(io.StringIO):
     def isatty(self):

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -82,7 +83,7 @@ def shared_pixels(
 class Measured(NamedTuple):
     "What one pass over fixed tasks gives."
 
-    accuracies: Tensor  # (n, steps+1), of each task after 0, 1, … inner steps, fractions
+    accuracies: Tensor  # (n, steps+1), of each task after 0, 1, … inner steps; (n, 1), the last
     losses: Tensor  # (n,), mean query cross-entropy of each task after the last step
 
 
@@ -93,9 +94,10 @@ def measure(
     n: int = 100,  # tasks
     steps: int | None = None,  # inner steps; none: as in training
     plan: Plan | None = None,  # how to run the tasks; none: by device
+    curve: bool = True,  # answer the queries after every inner step; else after the last alone
     count=None,  # called with how many tasks are done since the last call, from any thread
 ) -> Measured:
-    "Measure accuracy and loss of each task."
+    "Measure accuracy and loss of each task, in fractions and nats."
     check_size('n', n, 1)
     check_ways(learner, sampler)
     check_one_number_of_ways(sampler)
@@ -104,7 +106,8 @@ def measure(
     def part(tasks):
         "The accuracies and losses of one chunk."
         ep, found = sampler[tasks], []
-        for fast in learner.trajectory(ep.xs, ep.ys, steps):
+        states = learner.trajectory(ep.xs, ep.ys, steps)
+        for fast in states if curve else deque(states, maxlen=1):
             logits = learner.predict(fast, ep.xq)
             found.append((logits.argmax(-1) == ep.yq).float().mean(1))
         check_classes(ep.ys, ep.yq)  # whose losses can be had
@@ -300,7 +303,7 @@ def evaluate(
     "Evaluate on fixed tasks. Keeps no graph; memory depends neither on n nor on steps."
     begun = time.perf_counter()
     with TaskProgress('testing', n, progress, os.environ.get('FEWSHOTMETA_RUN')) as count:
-        found = measure(learner, sampler, n, steps, plan, count).accuracies
+        found = measure(learner, sampler, n, steps, plan, count=count).accuracies
     by_step = [(column.mean().item(), interval(column)) for column in found.unbind(1)]
     mean, ci95 = by_step[-1]
     return Evaluation(

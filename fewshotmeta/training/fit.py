@@ -190,8 +190,8 @@ def validate(self: _Loop):
     show = not self.bar.disable and sys.stderr.isatty()
     with TaskProgress('validating', settings.valid_tasks, show, self.folder) as count:
         tasks = settings.valid_tasks
-        found = measure(candidate, self.valid, tasks, plan=self.plan, count=count)
-    value = found.accuracies[:, -1].mean().item()
+        found = measure(candidate, self.valid, tasks, plan=self.plan, curve=False, count=count)
+    value = found.accuracies.mean().item()
     run.history[-1] |= dict(val_accuracy=value, val_loss=found.losses.mean().item())
     if not settings.keep:
         return
