@@ -45,9 +45,9 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def record(request):
-    """`record(what, tries=…, survived=…)` keeps what a reliability test found, for the documentation.
+    """`record(what, tries=…, survived=…)` keeps what a reliability test found.
 
-    Rows of the same words are added up.
+    The page Workers shows it; rows of the same words are added up.
     """
 
     def keep(what, **figures):

@@ -1,7 +1,8 @@
 """Every reliability test at full length, and what a batch itself costs.
 
 `make reliability` writes runs/reliability/reliability.json. `reliability.py costs` (times: nothing
-else should run) and `reliability.py test_slurm.py …` make a part anew. The site's part needs a browser.
+else should run) and `reliability.py test_slurm.py …` make a part anew. The site's part needs a
+browser.
 """
 
 import json, os, subprocess, sys, tempfile, time
