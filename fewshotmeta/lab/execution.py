@@ -375,10 +375,10 @@ def execute_notebook(
         partial.unlink(missing_ok=True)
         raise
     _tidy(executed, folder)
+    partial.unlink(missing_ok=True)  # the disk may have no room for both
     with atomic(folder / 'notebook.ipynb') as tmp:
         text = json.dumps(executed, indent=1, ensure_ascii=False)
         tmp.write_text(f'{text}\n', encoding='utf-8')
-    partial.unlink(missing_ok=True)
     return result
 
 # %% ../../nbs/lab/03_execution.ipynb #e1d0a7b4
