@@ -906,6 +906,7 @@ def without_cells(result, nb):
 
 OUTPUT = dict(output_type='display_data', metadata={})
 MARKDOWN = OUTPUT | dict(data={'text/markdown': '[there](../12_gone.ipynb)'})
+HALF_A_PAIR = OUTPUT | dict(data={'text/html': '\ud800'})
 PNG = OUTPUT | dict(data={'image/png': 'no', 'text/plain': 'a picture'})
 CODE = dict(cell_type='code', id='a', metadata={}, execution_count=1)
 DAMAGES = [
@@ -922,6 +923,7 @@ DAMAGES = [
     (with_cell(**CODE, source=1, outputs=[]), r'cell \d+ of notebook.ipynb is malformed'),
     (with_cell(**CODE, source='', outputs=[MARKDOWN]), DEAD),
     (given_by_a_name, 'its parameters cannot be read: malformed node'),
+    (with_cell(**CODE, source='', outputs=[HALF_A_PAIR]), 'a cell cannot be shown: UnicodeEncode'),
     (without_cells, 'notebook.ipynb has no cells'),
 ]
 
@@ -982,6 +984,29 @@ def test_a_run_whose_file_is_no_json_has_a_page(run_kept, name, text):
     (folder / name).write_bytes(text)
     _, faults = shown(page, links, folder)
     assert re.match(f'{name} (cannot be read: |holds no object)', faults[0])
+
+
+@pytest.mark.parametrize('damage', [without_cells, with_cell(cell_type='markdown')])
+def test_an_experiment_passes_over_a_damaged_run(run_kept, links, damage):
+    folder, page, of_run = run_kept()
+    train = page_named(links, 'experiments/train')
+    nb = dict(cells=[CODE | dict(source='f()', outputs=[])])
+    chosen = functools.partial(nearest_run_of, train, nb, of_run)
+    assert chosen() == page
+    executed = json.loads((folder / 'notebook.ipynb').read_text(encoding='utf-8'))
+    executed['cells'].append(CODE | dict(source='f()', outputs=[HALF_A_PAIR]))
+    (folder / 'notebook.ipynb').write_text(json.dumps(executed), encoding='utf-8')
+    assert chosen() is None, 'its output cannot be shown'
+    executed['cells'].pop()
+    damage({}, executed)
+    (folder / 'notebook.ipynb').write_text(json.dumps(executed), encoding='utf-8')
+    assert chosen() is None
+
+
+def nearest_run_of(page, nb, links):
+    from build import nearest_run
+
+    return nearest_run(page, nb, links)
 
 
 def test_a_picture_that_is_none_is_not_shown(run_kept):

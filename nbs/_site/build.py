@@ -85,10 +85,20 @@ def processed(n_workers: int):
 # our step
 
 
+def can_show(page: Page, nb, run: Page, links) -> bool:
+    "Say whether an experiment's page can be made with the outputs of a run."
+    try:
+        cells(with_outputs_of(nb, notebook_of(run))[0], page, links)
+    except Exception:  # of the run's outputs, or of our own text, which fails without them, too
+        return False
+    return is_whole(run)
+
+
 def nearest_run(page: Page, nb, links) -> Page | None:
     """Choose the run that an experiment's page shows.
 
     Its code is nearest to today's; of those it is one of the notebook's own method, the newest.
+    A run that is damaged is passed over.
     """
     method = parameters(nb).get('method')
 
@@ -99,7 +109,10 @@ def nearest_run(page: Page, nb, links) -> Page | None:
 
     name = Path(page.source).name
     runs = [p for p in links.pages.values() if p.is_run and result_of(p)['notebook'] == name]
-    return max(filter(is_whole, runs), key=rank, default=None)
+    for run in sorted(runs, key=rank, reverse=True):
+        if can_show(page, nb, run, links):
+            return run
+    return None
 
 
 def experiment(page: Page, nb, links):
