@@ -175,10 +175,12 @@ def _lifeline():
 # %% ../../nbs/lab/03_execution.ipynb #b19d3c72
 def _end_with_runner():
     "In a kernel: end as soon as the runner has."
-    path = os.environ.get(_RUNNER, '')
+    path = os.environ.get(_RUNNER)
+    if not path:
+        return
     try:
         pipe = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # does not wait for it
-    except OSError:  # no runner started this kernel, or its files are out of sight
+    except OSError:  # the runner's files are out of sight, as in a container
         return
     if stat.S_ISFIFO(os.fstat(pipe).st_mode):
         os.set_blocking(pipe, True)
