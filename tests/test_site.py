@@ -909,6 +909,7 @@ MARKDOWN = OUTPUT | dict(data={'text/markdown': '[there](../12_gone.ipynb)'})
 HALF_A_PAIR = OUTPUT | dict(data={'text/html': '\ud800'})
 PNG = OUTPUT | dict(data={'image/png': 'no', 'text/plain': 'a picture'})
 CODE = dict(cell_type='code', id='a', metadata={}, execution_count=1)
+DAMAGED = 'runs whose files are damaged, on the site: their pages say what is wrong'
 DAMAGES = [
     (with_fields(seconds=None), 'seconds=None, no number'),
     (with_fields(seconds=True), 'seconds=True, no number'),
@@ -964,7 +965,7 @@ def shown(page, links, folder):
 
 
 @pytest.mark.parametrize('damage,words', DAMAGES)
-def test_a_damaged_run_has_a_page_that_says_so(run_kept, damage, words):
+def test_a_damaged_run_has_a_page_that_says_so(run_kept, record, damage, words):
     folder, page, links = run_kept()
     assert shown(page, links, folder)[1] == []
     parts = [folder / name for name in ('result.json', 'notebook.ipynb')]
@@ -975,15 +976,17 @@ def test_a_damaged_run_has_a_page_that_says_so(run_kept, damage, words):
     made, (fault,) = shown(page, links, folder)
     assert re.search(words, fault)
     assert made['cells'][1]['source'].startswith(':::{admonition} Not everything of this run')
+    record(DAMAGED, tries=1, survived=1)
 
 
 @pytest.mark.parametrize('name', ['result.json', 'notebook.ipynb'])
 @pytest.mark.parametrize('text', [b'{', b'[]', b'\xff', b'[' * 100_000, b''])
-def test_a_run_whose_file_is_no_json_has_a_page(run_kept, name, text):
+def test_a_run_whose_file_is_no_json_has_a_page(run_kept, record, name, text):
     folder, page, links = run_kept()
     (folder / name).write_bytes(text)
     _, faults = shown(page, links, folder)
     assert re.match(f'{name} (cannot be read: |holds no object)', faults[0])
+    record(DAMAGED, tries=1, survived=1)
 
 
 @pytest.mark.parametrize('damage', [without_cells, with_cell(cell_type='markdown')])
