@@ -499,7 +499,7 @@ def test_a_run_comes_with_its_files(docs):
     from pages import run_folders
 
     pages = sorted((docs / 'runs').glob('*/*.html'))
-    assert len(pages) == len(run_folders()) > 50
+    assert len(pages) == len(run_folders()) + 1 > 50  # the damaged one
     for page in pages:
         folder = page.with_suffix('')
         scale = json.loads((folder / 'result.json').read_text(encoding='utf-8'))['scale']
@@ -518,7 +518,7 @@ def test_a_damaged_run_costs_its_own_page_alone(built, docs):
     faults = ("seconds='long', no number", 'versions=[1], no object', "={'mean': 'high'}", DEAD)
     for fault in (*faults, 'of notebook.ipynb is malformed'):
         assert fault in warning and fault in told.replace('’', "'").replace('‘', "'")
-    assert 'See <a href="#">there</a>' in page
+    assert re.search('See <a href="#"[^>]*>there</a>', page)
     assert 'maml_short_seed0' in page_text(docs, 'runs/index')
 
 
@@ -931,7 +931,8 @@ DAMAGES = [
 
 @pytest.fixture
 def run_kept(tmp_path, monkeypatch):
-    "A run in a repository of its own, and the links of that: `run_kept()` after each change."
+    "A run in a repository of its own: its folder, its page, and the links there."
+    import build  # and with it the others, while the repository is this one
     import checked
     import pages
 
