@@ -35,9 +35,20 @@ def full():
     return bool(os.environ.get('FEWSHOTMETA_RECORD'))
 
 
+def pytest_collection_modifyitems(config, items):
+    "Leave out what records nothing, where only that is asked for."
+    if os.environ.get('FEWSHOTMETA_RECORD_ONLY'):
+        kept = [item for item in items if 'record' in item.fixturenames]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
 @pytest.fixture
 def record(request):
-    "`record(what, figure=…)` keeps what a reliability test found, for the documentation."
+    """`record(what, tries=…, survived=…)` keeps what a reliability test found.
+
+    The page Workers shows it; rows of the same words are added up.
+    """
 
     def keep(what, **figures):
         if full():

@@ -178,7 +178,7 @@ def test_what_has_no_result_is_begun_anew_and_then_continues(tmp_path):
     assert 'resumed_with' not in result
 
 
-def test_runs_whose_names_are_alike_do_not_meet(tmp_path):
+def test_runs_whose_names_are_alike_do_not_meet(tmp_path, record):
     "What is known of `a` is not taken for what is known of `a.failed`."
     names = 'a', 'a.failed', 'a.job', 'a.lock', 'a.json', 'a.failed.json'
     kinds = 'json', 'lock', 'failed.json', 'job.json'
@@ -190,6 +190,8 @@ def test_runs_whose_names_are_alike_do_not_meet(tmp_path):
         pass
     assert last_failure(tmp_path, 'demo', 'a')['error'] == 'no'
     assert last_failure(tmp_path, 'demo', 'a.failed') == {}
+    what = "files of a run's state, of runs named like `a` and `a.failed`: each is one's own"
+    record(what, tries=len(paths), survived=len(set(paths)))
 
 
 def test_one_that_is_being_made_again_is_running(finished):
@@ -286,7 +288,7 @@ def test_killed_at_every_write(finished, tmp_path, record):
     old, new = seen.count(False), seen.count(True)
     assert min(old, new) >= (6 if full() else 2)
     what = 'killed at every write while a finished run is made again: old or new, whole'
-    record(what, kills=old + new, old=old, new=new)
+    record(what, tries=old + new, survived=old + new, old=old, new=new)
 
 
 def all_of(nb):

@@ -278,7 +278,7 @@ def bomb(path, size=101_000_000):
 
 
 @pytest.mark.parametrize('name', BOMBS)
-def test_an_archive_that_unpacks_to_far_more_than_it_is(tmp_path, name):
+def test_an_archive_that_unpacks_to_far_more_than_it_is(tmp_path, name, record):
     archive, data = bomb(tmp_path / name), tmp_path / 'data'
     place = {'equal': 'equal', 'equal.gz': 'equal'}
 
@@ -292,6 +292,7 @@ def test_an_archive_that_unpacks_to_far_more_than_it_is(tmp_path, name):
     unpack(archive, data, place=placed, limit=200_000_000)
     (path,) = data.iterdir()
     assert path.stat().st_size == 101_000_000
+    record('archives that unpack to far more than they are: refused', tries=1, survived=1)
     path.unlink()
 
 
@@ -319,12 +320,13 @@ def test_an_archive_with_a_password_is_refused(tmp_path):
         unpack(archive, tmp_path / 'data')
 
 
-def test_full_disk_leaves_no_half_archive(tmp_path, small_disk):
+def test_full_disk_leaves_no_half_archive(tmp_path, small_disk, record):
     with zipfile.ZipFile(tmp_path / 'big.zip', 'w', zipfile.ZIP_DEFLATED) as z:
         z.writestr('set/zeros', bytes(1_000_000))
     with pytest.raises(OSError, match='no space left'):
         unpack(tmp_path / 'big.zip', small_disk)
     assert not os.listdir(small_disk)
+    record('disk full while an archive is unpacked: nothing of it stays', tries=1, survived=1)
 
 
 def test_downloads_are_checked_by_digest(tmp_path):

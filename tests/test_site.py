@@ -8,6 +8,7 @@ import functools
 import hashlib
 import http.server
 import json
+import math
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+import nbformat
 import pytest
 from conftest import ROOT
 
@@ -94,16 +96,40 @@ def page_of_listings():
     return dict(cells=[title, *codes], metadata={}, nbformat=4, nbformat_minor=5)
 
 
+DEAD = 'a link to ../12_gone.ipynb, but there is no nbs/12_gone.ipynb in the repository'
+
+
+def damaged_run(root):
+    "A run with a dead link, a cell that is none, and three fields of another type."
+    kept = sorted((root / 'runs').glob('*/maml*/result.json'))[0].parent
+    run = root / 'runs' / 'damaged' / 'maml_short_seed0'
+    run.mkdir(parents=True)
+    nb = json.loads((kept / 'notebook.ipynb').read_text(encoding='utf-8'))
+    text = dict(cell_type='markdown', id='d', metadata={}, source='See [there](../12_gone.ipynb).')
+    nb['cells'] += [text, dict(cell_type='code', source=7)]
+    (run / 'notebook.ipynb').write_text(json.dumps(nb), encoding='utf-8')
+    result = json.loads((kept / 'result.json').read_text(encoding='utf-8'))
+    result |= dict(seconds='long', versions=[1], metrics=dict(test_accuracy=dict(mean='high')))
+    (run / 'result.json').write_text(json.dumps(result), encoding='utf-8')
+    return run
+
+
 @pytest.fixture(scope='session')
 def built(tmp_path_factory):
-    "A copy of the repository, with one page more, and its site, built from clean."
+    """A copy of the repository, and its site, built from clean.
+
+    It has a page more, and a run more, which is damaged; what was said of it lies beside.
+    """
     root = tmp_path_factory.mktemp('site') / 'fewshotmeta'
     shutil.copytree(ROOT, root, ignore=NOT_COPIED)
     (root / 'nbs' / 'howto' / 'listings.ipynb').write_text(json.dumps(page_of_listings()))
+    run = damaged_run(root)
     if has_git():
         commit_what_is_committed(root)
+        git(root, 'add', '-f', str(run))
     start = time.time()
     done = make(root)
+    (root.parent / 'said').write_text(done.stderr)
     print(f'built from clean in {time.time() - start:.0f} s')
     assert done.returncode == 0, done.stdout + done.stderr
     return root
@@ -473,13 +499,27 @@ def test_a_run_comes_with_its_files(docs):
     from pages import run_folders
 
     pages = sorted((docs / 'runs').glob('*/*.html'))
-    assert len(pages) == len(run_folders()) > 50
+    assert len(pages) == len(run_folders()) + 1 > 50  # the damaged one
     for page in pages:
         folder = page.with_suffix('')
         scale = json.loads((folder / 'result.json').read_text(encoding='utf-8'))['scale']
         article = page.read_text(encoding='utf-8').partition('<article')[2]
         assert (folder / 'notebook.ipynb').is_file(), page
         assert re.search(rf'\b{scale}\b', article), page
+
+
+def test_a_damaged_run_costs_its_own_page_alone(built, docs):
+    "The build goes on, shows what it can, and says on the page and to who builds what is wrong."
+    page = page_text(docs, 'runs/damaged/maml_short_seed0')
+    told = re.sub('<[^>]+>', '', page.partition('class="admonition')[2].partition('</div>')[0])
+    said = (built.parent / 'said').read_text()
+    (warning,) = [line for line in said.splitlines() if line.startswith('warning: ')]
+    assert warning.startswith('warning: runs/damaged/maml_short_seed0: ')
+    faults = ("seconds='long', no number", 'versions=[1], no object', "={'mean': 'high'}", DEAD)
+    for fault in (*faults, 'of notebook.ipynb is malformed'):
+        assert fault in warning and fault in told.replace('’', "'").replace('‘', "'")
+    assert re.search('See <a href="#"[^>]*>there</a>', page)
+    assert 'maml_short_seed0' in page_text(docs, 'runs/index')
 
 
 def test_c_is_highlighted_and_folded_code_keeps_its_output(docs):
@@ -721,7 +761,7 @@ def hostile_run(root):
 
 
 @pytest.mark.skipif(not has_git(), reason='no git says which runs are committed')
-def test_nothing_that_a_run_holds_is_executed(built, docs, browser, address):
+def test_nothing_that_a_run_holds_is_executed(built, docs, browser, address, record):
     run = hostile_run(built)
     git(built, 'add', '-f', str(run.parent))
     done = make(built)
@@ -750,6 +790,8 @@ def test_nothing_that_a_run_holds_is_executed(built, docs, browser, address):
     assert [url for url in asked if not url.startswith((address, 'data:'))] == []
     assert dialogs == []
     page.close()
+    what = 'hostile texts in what a run holds, each in every place: a browser executes none'
+    record(what, tries=len(PAYLOADS), survived=len(PAYLOADS))
 
 
 ESCAPED = f'<script>{HIT}</script><img src="x.png" onerror="{HIT}"><a href="javascript:{HIT}">a</a>'
@@ -837,6 +879,161 @@ def test_a_repository_that_git_cannot_read_is_an_error(tmp_path, monkeypatch):
     said = 'git does not say what is committed in runs/: fatal: not a git repository'
     with pytest.raises(RuntimeError, match=said):
         pages.run_folders()
+
+
+# the pieces: damaged runs
+
+
+def with_fields(**fields):
+    "Change the result of a run."
+    return lambda result, nb: result.update(fields)
+
+
+def with_cell(**cell):
+    "Add a cell to the notebook of a run."
+    return lambda result, nb: nb['cells'].append(cell)
+
+
+def given_by_a_name(result, nb):
+    for cell in nb['cells']:
+        if 'injected-parameters' in cell['metadata'].get('tags', []):
+            cell['source'] = 'seed = other'
+
+
+def without_cells(result, nb):
+    del nb['cells']
+
+
+OUTPUT = dict(output_type='display_data', metadata={})
+MARKDOWN = OUTPUT | dict(data={'text/markdown': '[there](../12_gone.ipynb)'})
+HALF_A_PAIR = OUTPUT | dict(data={'text/html': '\ud800'})
+PNG = OUTPUT | dict(data={'image/png': 'no', 'text/plain': 'a picture'})
+CODE = dict(cell_type='code', id='a', metadata={}, execution_count=1)
+DAMAGED = 'runs whose files are damaged, on the site: their pages say what is wrong'
+DAMAGES = [
+    (with_fields(seconds=None), 'seconds=None, no number'),
+    (with_fields(seconds=True), 'seconds=True, no number'),
+    (with_fields(seconds=math.nan), 'seconds=nan, no number'),
+    (with_fields(params=[]), r'params=\[\], no object'),
+    (with_fields(finished=20260101), 'finished=20260101, no text'),
+    (with_fields(notebook=None), 'notebook=None, no text'),
+    (with_fields(metrics=dict(test_accuracy=0.5)), 'test_accuracy=0.5, no mean, ci95 and n'),
+    (with_fields(metrics=dict(test_accuracy=dict(mean=1, n=3, ci95='x'))), 'test_accuracy='),
+    (with_fields(scale=3, device='\ud800'), 'scale=3, no text'),
+    (with_cell(cell_type='markdown'), r'cell \d+ of notebook.ipynb is malformed'),
+    (with_cell(**CODE, source=1, outputs=[]), r'cell \d+ of notebook.ipynb is malformed'),
+    (with_cell(**CODE, source='', outputs=[MARKDOWN]), DEAD),
+    (given_by_a_name, 'its parameters cannot be read: malformed node'),
+    (with_cell(**CODE, source='', outputs=[HALF_A_PAIR]), 'a cell cannot be shown: UnicodeEncode'),
+    (without_cells, 'notebook.ipynb has no cells'),
+]
+
+
+@pytest.fixture
+def run_kept(tmp_path, monkeypatch):
+    "A run in a repository of its own: its folder, its page, and the links there."
+    import build  # and with it the others, while the repository is this one
+    import checked
+    import pages
+
+    source = ROOT / 'runs' / 'mamlpp_t4' / 'maml_1shot_short_seed0'
+    folder = tmp_path / source.relative_to(ROOT)
+    folder.mkdir(parents=True)
+    for name in ('result.json', 'notebook.ipynb'):
+        shutil.copy(source / name, folder)
+    shutil.copy(ROOT / 'settings.ini', tmp_path)
+    monkeypatch.setattr(pages, 'ROOT', tmp_path)
+    monkeypatch.setattr(checked, 'ROOT', tmp_path)
+
+    def kept():
+        links = pages.Links()
+        (page,) = links.pages.values()
+        return folder, page, links
+
+    return kept
+
+
+def shown(page, links, folder):
+    "What is made of a run, written as it is for Sphinx, and what is wrong with it."
+    from build import written
+    from runs import run_list, run_page
+
+    made, about = run_page(page, links)
+    written(folder / 'page.ipynb', json.dumps(made, ensure_ascii=False))
+    assert 'maml_1shot_short_seed0' in run_list(links).replace('\\', '')
+    nbformat.validate(nbformat.read(folder / 'page.ipynb', 4))
+    return made, about['faults']
+
+
+@pytest.mark.parametrize('damage,words', DAMAGES)
+def test_a_damaged_run_has_a_page_that_says_so(run_kept, record, damage, words):
+    folder, page, links = run_kept()
+    assert shown(page, links, folder)[1] == []
+    parts = [folder / name for name in ('result.json', 'notebook.ipynb')]
+    held = [json.loads(part.read_text(encoding='utf-8')) for part in parts]
+    damage(*held)
+    for part, now in zip(parts, held):
+        part.write_text(json.dumps(now), encoding='utf-8')
+    made, (fault,) = shown(page, links, folder)
+    assert re.search(words, fault)
+    assert made['cells'][1]['source'].startswith(':::{admonition} Not everything of this run')
+    record(DAMAGED, tries=1, survived=1)
+
+
+@pytest.mark.parametrize('name', ['result.json', 'notebook.ipynb'])
+@pytest.mark.parametrize('text', [b'{', b'[]', b'\xff', b'[' * 100_000, b''])
+def test_a_run_whose_file_is_no_json_has_a_page(run_kept, record, name, text):
+    folder, page, links = run_kept()
+    (folder / name).write_bytes(text)
+    _, faults = shown(page, links, folder)
+    assert re.match(f'{name} (cannot be read: |holds no object)', faults[0])
+    record(DAMAGED, tries=1, survived=1)
+
+
+@pytest.mark.parametrize('damage', [without_cells, with_cell(cell_type='markdown')])
+def test_an_experiment_passes_over_a_damaged_run(run_kept, links, damage):
+    folder, page, of_run = run_kept()
+    train = page_named(links, 'experiments/train')
+    nb = dict(cells=[CODE | dict(source='f()', outputs=[])])
+    chosen = functools.partial(nearest_run_of, train, nb, of_run)
+    assert chosen() == page
+    executed = json.loads((folder / 'notebook.ipynb').read_text(encoding='utf-8'))
+    executed['cells'].append(CODE | dict(source='f()', outputs=[HALF_A_PAIR]))
+    (folder / 'notebook.ipynb').write_text(json.dumps(executed), encoding='utf-8')
+    assert chosen() is None, 'its output cannot be shown'
+    executed['cells'].pop()
+    damage({}, executed)
+    (folder / 'notebook.ipynb').write_text(json.dumps(executed), encoding='utf-8')
+    assert chosen() is None
+
+
+def nearest_run_of(page, nb, links):
+    from build import nearest_run
+
+    return nearest_run(page, nb, links)
+
+
+def test_a_picture_that_is_none_is_not_shown(run_kept):
+    from convert import cells
+
+    _, page, links = run_kept()
+    (cell,) = cells(dict(cells=[CODE | dict(source='f()', outputs=[PNG])]), page, links)
+    assert cell['outputs'][0]['data'] == {'text/plain': 'a picture'}
+
+
+def test_a_dead_link_of_our_own_is_an_error_beside_that_of_a_run(links):
+    "An experiment has both."
+    from convert import cells
+
+    train = page_named(links, 'experiments/train')
+    (cell,) = cells(dict(cells=[CODE | dict(source='f()', outputs=[MARKDOWN])]), train, links)
+    assert 'href="#"' in cell['outputs'][0]['data']['text/html']
+    text = dict(cell_type='markdown', metadata={}, source='[there](../12_gone.ipynb)')
+    with pytest.raises(ValueError, match=DEAD):
+        cells(dict(cells=[text]), train, links)
+    with pytest.raises(ValueError, match=DEAD):
+        report = page_named(links, 'reports/mamlpp')
+        cells(dict(cells=[CODE | dict(source='f()', outputs=[MARKDOWN])]), report, links)
 
 
 # the pieces: text

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import full
 from forks import Fork
 from safetensors.torch import save_file
 
@@ -270,9 +272,9 @@ while True:
 """
 
 
-def test_a_checkpoint_that_is_replaced_while_it_is_read(train, tmp_path):
+def test_a_checkpoint_that_is_replaced_while_it_is_read(train, tmp_path, record):
     "What is read is the old one or the new one, never a header of one and tensors of the other."
-    name, whole = 'checkpoint.safetensors', {}
+    name, whole, reads = 'checkpoint.safetensors', {}, 10_000 if full() else 300
     for n in (1, 2):
         fit(small(), train, n, meta_batch=2, checkpoint=tmp_path / str(n), progress=False)
         whole[n] = read_checkpoint(tmp_path / str(n))
@@ -283,7 +285,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(train, tmp_path):
         end, seen = time.monotonic() + 60, set()
         while not files[0].exists():
             assert time.monotonic() < end and other.poll() is None
-        for _ in range(300):
+        for _ in range(reads):
             head, tensors = read_checkpoint(files[0].parent)
             seen.add(head['iteration'])
             expected = whole[head['iteration']]
@@ -293,6 +295,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(train, tmp_path):
         other.kill()
         other.wait()
     assert seen == {1, 2}
+    record('checkpoints replaced while they are read', tries=reads, survived=reads)
 
 
 # ---- what is refused
@@ -343,7 +346,7 @@ def test_truncated_altered_foreign_checkpoints(train, valid, tmp_path):
 
 
 FORKS = """
-import os, signal, warnings
+import os, signal, sys, warnings
 import torch
 from fewshotmeta.all import *
 
@@ -359,19 +362,23 @@ def trained():
 
 
 learner = trained()
-child = os.fork()
-if not child:
-    signal.alarm(60)
-    same = [torch.equal(a, b) for a, b in zip(learner.theta.values(), trained().theta.values())]
-    os._exit(0 if all(same) else 3)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+for _ in range(int(sys.argv[1])):
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        both = zip(learner.theta.values(), trained().theta.values())
+        os._exit(0 if all(torch.equal(a, b) for a, b in both) else 3)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 trained()  # the workers of the parent are still there
 """
 
 
-def test_a_fork_of_a_process_with_workers_trains_too():
-    done = Fork(FORKS).wait(100)
-    assert (done.returncode, done.stdout.strip()) == (0, '0'), done.stderr
+def test_a_fork_of_a_process_with_workers_trains_too(record):
+    forks = 20 if full() else 1
+    done = Fork(FORKS, forks).wait(300)
+    assert (done.returncode, done.stdout.split()) == (0, ['0'] * forks), done.stderr
+    what = 'forks of a process that has trained with workers: they train, with the same bytes'
+    record(what, tries=forks, survived=forks)
 
 
 def bias_of_the_head(name, learner):
@@ -532,6 +539,28 @@ def test_a_resealed_checkpoint_of_other_tensors(half_done, train, valid, tmp_pat
     resealed(tmp_path, change)
     with pytest.raises(BadCheckpoint, match=words):
         fitted(train, valid, tmp_path)
+
+
+def as_half(name):
+    "Change the type of a tensor."
+
+    def change(head, tensors):
+        tensors[name] = tensors[name].half()
+
+    return change
+
+
+def test_every_tensor_of_a_resealed_checkpoint(half_done, train, valid, tmp_path, record):
+    "Of another shape or type, or missing; a part of them, unless it runs at full length."
+    names = sorted(read_checkpoint(half_done)[1])
+    names = names if full() else names[::20]
+    for name, kind in product(names, (doubled, as_half, partial(moved, to=None))):
+        shutil.copy(half_done / 'checkpoint.safetensors', tmp_path)
+        resealed(tmp_path, kind(name))
+        with pytest.raises(BadCheckpoint, match=name):
+            fitted(train, valid, tmp_path)
+    what = 'checkpoints with a tensor of another shape or type, or without it, and a right digest'
+    record(what, tries=3 * len(names), survived=3 * len(names))
 
 
 @pytest.fixture(scope='module')

@@ -13,7 +13,11 @@ import logging
 import math
 import os
 import re
+import signal
+import stat
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -151,6 +155,52 @@ def _environ(values):
             if name in before:
                 os.environ[name] = before[name]
 
+# %% ../../nbs/lab/03_execution.ipynb #8e2f61d5
+_RUNNER = 'FEWSHOTMETA_RUNNER'
+
+
+@contextlib.contextmanager
+def _lifeline():
+    "Hold a pipe as long as this process lives; yield the variable that tells a kernel of it."
+    with contextlib.ExitStack() as held:
+        told = {}
+        with contextlib.suppress(AttributeError, OSError):  # a system without named pipes
+            folder = held.enter_context(tempfile.TemporaryDirectory(prefix='fewshotmeta-'))
+            path = os.path.join(folder, 'runner')
+            os.mkfifo(path, 0o600)
+            held.callback(os.close, os.open(path, os.O_RDWR))  # no other process inherits it
+            told = {_RUNNER: path}
+        yield told
+
+# %% ../../nbs/lab/03_execution.ipynb #b19d3c72
+def _end_with_runner():
+    "In a kernel: end as soon as the runner has."
+    path = os.environ.get(_RUNNER)
+    if not path:
+        return
+    try:
+        pipe = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # does not wait for it
+    except OSError:  # the runner's files are out of sight, as in a container
+        return
+    if stat.S_ISFIFO(os.fstat(pipe).st_mode):
+        os.set_blocking(pipe, True)
+        threading.Thread(target=_end_after, args=(pipe, path), daemon=True).start()
+
+
+def _end_after(pipe, path):
+    "Wait until no process can write to a pipe, and end this one with those that it started."
+    os.read(pipe, 1)
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+        os.rmdir(os.path.dirname(path))
+    if os.getpgrp() == os.getpid():  # Jupyter makes each kernel the first of a group
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
+# a kernel's first statement, which leaves no name behind
+_FIRST = '__import__("fewshotmeta.lab.execution", fromlist=["_"])._end_with_runner()'
+
 # %% ../../nbs/lab/03_execution.ipynb #187e3522
 class RunFailed(RuntimeError):
     "The notebook gave no result: it raised, died, took too long, or did not report once."
@@ -239,6 +289,7 @@ def _execution_options(notebook, quiet):
         language='python',
         on_cell_executed=_heed_exit,
         config=_encryption(),
+        extra_arguments=[f'--InteractiveShellApp.code_to_run={_FIRST}'],
         **shown,
     )
 
@@ -312,7 +363,7 @@ def execute_notebook(
     "Run a notebook in its own kernel; return what it reported. Raises `RunFailed`."
     partial = folder / '.notebook.partial.ipynb'
     try:
-        with _environ(_kernel_environment(run or folder)):
+        with _lifeline() as told, _environ(told | _kernel_environment(run or folder)):
             executed = _papermill(notebook, partial, params, quiet, limit)
         result = _reported(executed, notebook.name)
     except RunFailed:
@@ -326,10 +377,10 @@ def execute_notebook(
         partial.unlink(missing_ok=True)
         raise
     _tidy(executed, folder)
+    partial.unlink(missing_ok=True)  # the disk may have no room for both
     with atomic(folder / 'notebook.ipynb') as tmp:
         text = json.dumps(executed, indent=1, ensure_ascii=False)
         tmp.write_text(f'{text}\n', encoding='utf-8')
-    partial.unlink(missing_ok=True)
     return result
 
 # %% ../../nbs/lab/03_execution.ipynb #e1d0a7b4

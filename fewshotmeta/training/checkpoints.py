@@ -240,6 +240,12 @@ def _forms(tensors, prefix=''):
     return {f'{prefix}{k}': f'{v.dtype} {tuple(v.shape)}' for k, v in tensors.items()}
 
 
+def _step_as(step):
+    "A step of the type in which PyTorch counts: single precision, or double if that was stored."
+    double = step is not None and step.dtype == torch.float64
+    return torch.zeros((), dtype=torch.float64 if double else torch.float32)
+
+
 def _wanted(run, kept, tensors):
     "What a checkpoint of a run has, with so many kept parameters and what Adam keeps."
     theta, buffers = run.learner.theta, run.learner.buffers
@@ -247,7 +253,7 @@ def _wanted(run, kept, tensors):
     for i in range(kept):
         wanted |= _forms(theta, f'kept{i}/theta/') | _forms(buffers, f'kept{i}/buffers/')
     stepped = {k: v for k, v in theta.items() if any(f'{short}/{k}' in tensors for short in _ADAM)}
-    one = {k: tensors.get(f'step/{k}', torch.zeros(())).new_zeros(()) for k in stepped}
+    one = {k: _step_as(tensors.get(f'step/{k}')) for k in stepped}
     return wanted | _forms(stepped, 'm/') | _forms(stepped, 'v/') | _forms(one, 'step/')
 
 

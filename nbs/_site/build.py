@@ -10,9 +10,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # for the processes that nbdev starts, too
+from checked import asked_of, is_whole, notebook_of, parameters, result_of
 from convert import cells, lead_of, notebook, read, text_cell, titled, with_outputs_of
 from pages import ROOT, SECTIONS, Links, Page, in_address
-from runs import LIST, parameters, result_of, run_list, run_page
+from runs import LIST, run_list, run_page
 from safety import in_code, in_words
 
 PROC = ROOT / '_proc'
@@ -24,6 +25,7 @@ STATE = PROC / '_sphinx.json'  # what the templates know of each page
 
 def written(path: Path, text: str) -> bool:
     "Write a file if that changes it: Sphinx reads again what is newer than the last build."
+    text = text.encode('utf-8', 'replace').decode('utf-8')  # half a pair, of a run's JSON
     if path.exists() and path.read_text(encoding='utf-8') == text:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,21 +85,34 @@ def processed(n_workers: int):
 # our step
 
 
+def can_show(page: Page, nb, run: Page, links) -> bool:
+    "Say whether an experiment's page can be made with the outputs of a run."
+    try:
+        cells(with_outputs_of(nb, notebook_of(run))[0], page, links)
+    except Exception:  # of the run's outputs, or of our own text, which fails without them, too
+        return False
+    return is_whole(run)
+
+
 def nearest_run(page: Page, nb, links) -> Page | None:
     """Choose the run that an experiment's page shows.
 
     Its code is nearest to today's; of those it is one of the notebook's own method, the newest.
+    A run that is damaged is passed over.
     """
     method = parameters(nb).get('method')
 
     def rank(run):
         result = result_of(run)
-        same = with_outputs_of(nb, read(ROOT / run.source))[1]
+        same = with_outputs_of(nb, notebook_of(run))[1]
         return same, result['params'].get('method') == method, result['finished']
 
     name = Path(page.source).name
-    found = [p for p in links.pages.values() if p.is_run and result_of(p).get('notebook') == name]
-    return max(found, key=rank, default=None)
+    runs = [p for p in links.pages.values() if p.is_run and result_of(p)['notebook'] == name]
+    for run in sorted(runs, key=rank, reverse=True):
+        if can_show(page, nb, run, links):
+            return run
+    return None
 
 
 def experiment(page: Page, nb, links):
@@ -106,8 +121,8 @@ def experiment(page: Page, nb, links):
     if run is None:
         note = 'No run of this experiment is kept yet, so this page shows no outputs.'
         return with_outputs_of(nb, dict(cells=[]))[0], note
-    executed = read(ROOT / run.source)
-    asked = parameters(executed, 'injected-parameters')
+    executed = notebook_of(run)
+    asked, _ = asked_of(executed)
     told = ', '.join(in_code(f'{k}={v!r}') for k, v in asked.items() if k != 'scale')
     scale = in_words(result_of(run)['scale'])
     link = f'[{in_words(run.name.removeprefix("runs/"))}]({page.up}{in_address(run.name)}.html)'
@@ -200,6 +215,9 @@ def converted(links):
             known[page.name] = before[page.name]
         else:
             known[page.name] = page_made(page, links, there)
+    for name, about in known.items():
+        if faults := about.get('faults'):
+            print(f'warning: {name}: {"; ".join(faults)}', file=sys.stderr)
     written(SOURCE / f'{LIST}.md', run_list(links))
     forgotten(known)
     written(STATE, json.dumps(known, ensure_ascii=False, indent=1))

@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 from figures import alt_text
-from pages import Page
+from pages import LenientLinks, Page
 from prose import front_matter, headings, markdown, relinked, said, without_comments
 from safety import fenced, from_markdown, from_output, in_words
 
@@ -50,6 +50,8 @@ def shown_html(text: str) -> dict:
 def shown_data(data: dict, page: Page, links) -> dict:
     "Choose what the site shows of an output's forms: a text, a table, a picture."
     data = {k: joined(v) for k, v in data.items() if not k.startswith('application/')}
+    if page.shows_runs and not isinstance(links, LenientLinks):
+        links = LenientLinks(links)  # an experiment shows a run's outputs, which are not our own
     if 'text/markdown' in data:
         data['text/markdown'] = relinked(data['text/markdown'], page, links)
     if page.shows_runs:

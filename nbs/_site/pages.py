@@ -250,3 +250,21 @@ class Links:
         repository = self.git.removeprefix('https://github.com/')
         at = f'{repository}/blob/{self.branch}/{in_address(path)}'
         return f'https://colab.research.google.com/github/{at}'
+
+
+class LenientLinks:
+    "Where the links of a run lead: a dead one to the head of the page, which says so."
+
+    def __init__(self, links):
+        self.links = links
+        self.dead = []
+
+    def __getattr__(self, name):
+        return getattr(self.links, name)
+
+    def __call__(self, link: str, page: Page) -> str:
+        try:
+            return self.links(link, page)
+        except (ValueError, OSError) as e:
+            self.dead.append(str(e).removeprefix(f'{page.source}: '))
+            return '#'

@@ -1,10 +1,11 @@
 """Pages of executed runs: what was asked, what came out, the notebook; and the list of all."""
 
-import ast
 import json
+import math
 import re
-from convert import cells, joined, notebook, read, text_cell, titled
-from pages import ROOT, Page, in_address
+from checked import asked_of, checked_notebook, checked_result, result_of
+from convert import cells, joined, notebook, text_cell, titled
+from pages import LenientLinks, Page, in_address
 from safety import in_cell, in_code, in_words
 
 LIST = 'runs/index'
@@ -12,25 +13,15 @@ LEAD = (
     'Every run behind a number of this site: its parameters, its result and the notebook '
     'as it was executed.'
 )
+NOT_ALL = 'Not everything of this run can be shown'
 SINGLE = (
     'Single runs, in no batch file; [the report on Omniglot](../reports/omniglot.html) says what '
     'they are for.'
 )
 
 
-def parameters(nb, tag='parameters') -> dict:
-    "Read the parameters in a notebook's cell with this tag: its own, or those papermill put in."
-    cell = next((c for c in nb['cells'] if tag in c['metadata'].get('tags', [])), None)
-    lines = ast.parse(joined(cell['source'])).body if cell else []
-    return {n.targets[0].id: ast.literal_eval(n.value) for n in lines if isinstance(n, ast.Assign)}
-
-
 def value(v) -> str:
     return in_cell(json.dumps(v, ensure_ascii=False))
-
-
-def result_of(page: Page) -> dict:
-    return read(ROOT / page.source.replace('notebook.ipynb', 'result.json'))
 
 
 def accuracy(result) -> str:
@@ -43,6 +34,8 @@ def accuracy(result) -> str:
 
 
 def duration(seconds) -> str:
+    if math.isnan(seconds):
+        return '–'
     return f'{seconds / 60:.0f} min' if seconds >= 90 else f'{seconds:.0f} s'
 
 
@@ -130,23 +123,53 @@ def is_told_above(cell) -> bool:
     return injected or cell['cell_type'] == 'markdown' and joined(cell['source']).startswith('# ')
 
 
+def converted_alone(cell, page: Page, links) -> tuple[list[dict], list[str]]:
+    "Convert a cell, or say why that cannot be done."
+    try:
+        return cells(dict(cells=[cell]), page, links), []
+    except Exception as e:
+        return [], [f'a cell cannot be shown: {type(e).__name__}: {e}']
+
+
+def body_of(nb, page: Page, links) -> tuple[list[dict], list[str]]:
+    "Convert the cells of a run; one that cannot be converted costs itself."
+    body = [cell for cell in nb['cells'] if not is_told_above(cell)]
+    try:
+        return cells(dict(cells=body), page, links), []
+    except Exception:
+        alone = [converted_alone(cell, page, links) for cell in body]
+        return sum((made for made, _ in alone), []), sum((said for _, said in alone), [])
+
+
+def warning(faults: list[str]) -> list[dict]:
+    "Say at the head of a page what is wrong with its run."
+    if not faults:
+        return []
+    told = in_words('; '.join(faults))
+    return [text_cell(f':::{{admonition}} {NOT_ALL}\n:class: warning\n{told}\n:::')]
+
+
 def run_page(page: Page, links) -> tuple[dict, dict]:
     "Make the notebook of a run's page, and what the site should know of it."
-    nb, result = read(ROOT / page.source), result_of(page)
-    asked = parameters(nb, 'injected-parameters')
+    links = LenientLinks(links)
+    nb, faults = checked_notebook(page)
+    result, more = checked_result(page)
+    asked, not_read = asked_of(nb)
+    body, not_shown = body_of(nb, page, links)
+    faults = list(dict.fromkeys([*more, *faults, *not_read, *not_shown, *links.dead]))
     words = described(result, links)
-    body = [cell for cell in nb['cells'] if not is_told_above(cell)]
     made = [
         titled(in_code(result['run']), in_words(words)),
+        *warning(faults),
         text_cell(facts(page, result, links)),
         text_cell(asked_and_others(result, asked)),
         text_cell('## The notebook, as it was executed'),
-        *cells(dict(cells=body), page, links),
+        *body,
     ]
     folder = page.source.removesuffix('notebook.ipynb')
     names = ('result.json', 'metrics.csv', 'tasks.csv', 'learner.safetensors')
     files = {name: folder + name for name in names if folder + name in links.files}
-    return notebook(made), dict(description=words, files=files)
+    return notebook(made), dict(description=words, files=files, faults=faults)
 
 
 def list_row(page: Page, result) -> tuple:

@@ -165,6 +165,14 @@ def embedded(kind: str, data: str) -> str:
     return sanitised(f'<img alt="Output of the cell above" src="{address}">')
 
 
+def is_png(data: str) -> bool:
+    "Say whether a text is a PNG."
+    try:
+        return base64.b64decode(''.join(data.split()), validate=True).startswith(b'\x89PNG')
+    except ValueError:
+        return False
+
+
 def from_latex(text: str) -> str:
     "Draw an output in LaTeX, which IPython may have put between dollars."
     found = re.fullmatch(r'(?s)\s*(\$\$|\$|\\\[|\\\()?(.*?)(?:\$\$|\$|\\\]|\\\))?\s*', text)
@@ -177,7 +185,7 @@ def from_output(data: dict) -> dict:
         return {'text/html': in_one(from_markdown(data['text/markdown']))}
     if 'text/html' in data:
         return {'text/html': f'<div class="table-wrapper">{sanitised(data["text/html"])}</div>'}
-    if 'image/png' in data:
+    if is_png(data.get('image/png', '')):
         return {'image/png': data['image/png']}
     for kind in ('image/svg+xml', 'image/jpeg', 'image/gif', 'image/webp'):
         if kind in data:
