@@ -55,6 +55,9 @@ def failure_record(
     )
 
 
+_RECORD = dict(kind=str | None, error=str | None, when=str)
+
+
 def _failures(runs, experiment, slug):
     inside = Path(runs) / experiment / slug / 'failed.json'
     return inside, marker(runs, experiment, slug, 'failed.json')
@@ -65,7 +68,7 @@ def last_failure(runs, experiment: str, slug: str) -> dict:
     found = []
     for path in _failures(runs, experiment, slug):
         with contextlib.suppress(BadFile, OSError):
-            found.append(read_json(path))
+            found.append(dict(kind='', error='') | read_json(path, _RECORD))
     return max(found, key=itemgetter('when'), default={})
 
 

@@ -8,14 +8,15 @@ __all__ = ['all_results', 'nothing_matches', 'recipe_name', 'differing_parameter
 
 # %% ../../nbs/lab/12_results.ipynb #9d9f335d
 import fnmatch
+import os
 import re
 import textwrap
 from pathlib import Path
 
-from ..data.files import BadFile, atomic, read_json
+from ..data.files import BadFile, atomic
 from ..data.checks import did_you_mean
 from .execution import format_metric
-from .runs import settle_run
+from .runs import read_result, settle_run
 
 # %% ../../nbs/lab/12_results.ipynb #553617d9
 def all_results(
@@ -26,12 +27,13 @@ def all_results(
     for path in Path(runs).glob('.new/*/*/result.json'):
         settle_run(runs, *path.parts[-3:-1])
     whole, bad = [], []
-    for path in sorted(Path(runs).glob('*/*/result.json')):
-        if not fnmatch.fnmatch(f'{path.parent.parent.name}/{path.parent.name}', only):
+    for folder in sorted(Path(runs).glob('*/*')):
+        matches = fnmatch.fnmatch('/'.join(folder.parts[-2:]), only)
+        if not (matches and os.path.lexists(folder / 'result.json')):
             continue
         try:
-            whole.append(read_json(path))
-        except BadFile as e:
+            whole.append(read_result(folder))
+        except (BadFile, OSError) as e:
             bad.append(str(e))
     return whole, bad
 
@@ -55,7 +57,8 @@ def recipe_name(
     result: dict,  # of `all_results`
 ) -> str:
     "Return the name of a run without its scale and seed."
-    return re.sub(rf'(_{result["scale"]})?(_seed\d+)?$', '', result['run'])
+    scale = re.escape(str(result['scale']))
+    return re.sub(rf'(_{scale})?(_seed\d+)?$', '', result['run'])
 
 
 def differing_parameters(
