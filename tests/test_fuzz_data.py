@@ -57,9 +57,9 @@ IMAGES += [image_bytes('P', 'PNG', transparency=3), image_bytes(exif=b'Exif\0\0M
 IMAGES += [declared(60_000, 60_000), declared(2**31 - 1, 1), declared(0, 5), declared(1, 3000)]
 images = st.sampled_from(IMAGES)
 CLASSES = ('cats', 'dogs', 'cats.png', '.hidden', 'é', '\udcfe', 'a\nb', 'a|b', ' ', '-x', '%s')
-NAMES = ('a.png', 'b.PNG', 'c.jpg', 'd.TiFF', 'e.webp', '.f.png', 'g.txt', 'h.heic', '.png', 'noext')
-NAMES += ('i.png.txt', 'é.gif', '\udcff.bmp', 'a b.ppm', 'x\n.png', '{0}.png', '-.png', 'y' * 200)
-NAMES += ('x' * 200 + '.png', 'Thumbs.db')
+NAMES = ('a.png', 'b.PNG', 'c.jpg', 'd.TiFF', 'e.webp', '.f.png', 'g.txt', 'h.heic', '.png')
+NAMES += ('noext', 'i.png.txt', 'é.gif', '\udcff.bmp', 'a b.ppm', 'x\n.png', '{0}.png', '-.png')
+NAMES += ('x' * 200 + '.png', 'y' * 200, 'Thumbs.db')
 
 
 def up(path):
@@ -179,11 +179,12 @@ def mini(tmp_path_factory):
 
 
 WHOLE = 'filename,label\n' + ''.join(f'{name},{c}\n' for name, c in FILES.items())
-ROWS = ('', ',', ',,,', 'pipe.png,{c}', 'circle.png,{c}', '../secret.png,{c}', '{root}/secret.png,{c}')
-ROWS += ('../../secret.png,{c}', './{f},{c}', '../images/{f},{c}', '{f}', '{f},', ',{c}', '{f},x')
-ROWS += ('{f},{c},7', '"{f}","{c}"', '"{f},{c}', '{f};{c}', '{f}\t{c}', ' {f} , {c} ', '{F},{c}')
-ROWS += ('{f},../{c}', '{f}\0,{c}', 'images,{c}', '.,{c}', '..,{c}', 'x' * 5000 + ',{c}', '\ud800,{c}')
-ROWS += ('x' * 200_000 + ',{c}', '{{label}},{c}', '{f},{c}\r', 'images/{f},{c}', '{f},{c}')
+ROWS = ('', ',', ',,,', 'pipe.png,{c}', 'circle.png,{c}', '../secret.png,{c}')
+ROWS += ('{root}/secret.png,{c}', '../../secret.png,{c}', './{f},{c}', '../images/{f},{c}')
+ROWS += ('{f}', '{f},', ',{c}', '{f},x', '{f},{c},7', '"{f}","{c}"', '"{f},{c}', '{f};{c}', '{f}\t{c}', ' {f} , {c} ', '{F},{c}')
+ROWS += ('{f},../{c}', '{f}\0,{c}', 'images,{c}', '.,{c}', '..,{c}', 'x' * 5000 + ',{c}')
+ROWS += ('\ud800,{c}', 'x' * 200_000 + ',{c}', '{{label}},{c}', '{f},{c}\r')
+ROWS += ('images/{f},{c}', '{f},{c}')
 HEADS = ('filename,label', 'label,filename', 'filename,label,x', 'filename', 'filename;label', '')
 HEADS += ('filename,label,label', 'filename,filename', 'FILENAME,LABEL', ' filename, label', ',')
 
@@ -220,7 +221,7 @@ def test_tables_of_mini_imagenet(mini, content):
                 bank = mini_imagenet('val', size=8, root=mini)
         except (BadImage, DataMissing) as e:
             assert str(base) in str(e) or 'mini_imagenet val' in str(e)
-            assert len(str(e)) < 10_000
+            assert len(str(e)) < 25_000
             return
         values = bank.images[:, 0, 0, 0].tolist()
         assert bank.classes == VAL and bank.count.sum() == len(values)

@@ -9,13 +9,12 @@ __all__ = ['FILTERS', 'IMAGE_SUFFIXES', 'DataMissing', 'BadImage', 'fit_image', 
 # %% ../../nbs/data/03_images.ipynb #79045c72
 import hashlib
 import os
-import struct
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -82,17 +81,6 @@ def _as_array(im, invert):
     return 255 - x if invert else x
 
 # %% ../../nbs/data/03_images.ipynb #afc0087c
-_UNREADABLE = (
-    UnidentifiedImageError,
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-
-
 def _opened(path, channels, expect, animated):
     "Open a file upright, in grey or RGB: its first frame, if it has several."
     if isinstance(path, (str, Path)) and os.path.exists(path) and not os.path.isfile(path):
@@ -108,8 +96,8 @@ def _opened(path, channels, expect, animated):
             return _flatten_mode(ImageOps.exif_transpose(im), channels)
     except BadImage:
         raise
-    except _UNREADABLE as e:
-        raise BadImage(f'{path}: {e}') from e
+    except Exception as e:  # a decoder of a format stumbles as it likes, say with an IndexError
+        raise BadImage(f'{path}: {getattr(e, "strerror", None) or e}') from e
 
 
 def _flatten_mode(im, channels):
@@ -308,7 +296,7 @@ def _kind(entry):
 def _is_image(entry):
     return entry.name.lower().endswith(IMAGE_SUFFIXES) and _kind(entry) == 'file'
 
-
+# %% ../../nbs/data/03_images.ipynb #c3b0a871
 def class_folders(path) -> list[str]:
     "List the names of the folders in a folder, sorted, hidden ones left out."
     return [e.name for e in _entries(path) if _kind(e) == 'folder']
@@ -318,7 +306,7 @@ def images_in(path) -> list[str]:
     "List the paths of the images in a folder, sorted, hidden ones left out."
     return [e.path for e in _entries(path) if _is_image(e)]
 
-
+# %% ../../nbs/data/03_images.ipynb #c3b0a872
 def fingerprint(
     root,  # the folder that names are relative to
     paths,  # files or folders

@@ -139,6 +139,7 @@ def _with_begun(state, again, progress, who):
     return replace(state, note='; '.join(filter(None, [state.note, note])), who=who)
 
 
+# %% ../../nbs/lab/07_states.ipynb #5b7e20c9
 def _knows(progress, *names):
     "Whether numbers were noted."
     return all(progress.get(name) is not None for name in names)
