@@ -13,17 +13,15 @@ import shutil
 import pytest
 from conftest import ROOT
 from fuzzing import altered, folder, no_hang, often
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
-from fewshotmeta.data.files import BadFile, read_json, seal
 from fewshotmeta.lab.batches import BadBatch, read_batch
 from fewshotmeta.lab.command import _given, _parser
 from fewshotmeta.lab.parameters import BadParameters, Parameter, default_name, merge_parameters
 from fewshotmeta.lab.parameters import parse_value, read_parameters, split_name
 
 EXPERIMENTS = ROOT / 'nbs' / 'experiments'
-
 
 
 # ---- batch files

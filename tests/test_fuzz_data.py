@@ -11,8 +11,8 @@ import zlib
 
 import numpy as np
 import pytest
-from fuzzing import STRANGE, folder, no_hang, often, put, spoilt
-from hypothesis import given
+from fuzzing import STRANGE, circle, folder, no_hang, nowhere, often, pipe, put, spoilt
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -125,7 +125,18 @@ def cache():
         os.environ['FEWSHOTMETA_CACHE'] = before
 
 
+CUT = IMAGES[20][:-9]  # a GIF that ends where its second frame would begin
+
+
 @often
+@example({('cats', 'a.png'): IMAGES[0], ('cats', 'b.png'): circle}, 1, False, 0)
+@example({('cats', 'a.png'): IMAGES[0], ('.', 'b.png'): circle}, 1, False, 0)
+@example({('cats', 'a.png'): IMAGES[0], ('.', 'b.png'): nowhere}, 1, False, 0)
+@example({('cats', 'a.png'): IMAGES[0], ('.', 'b.png'): pipe}, 1, False, 0)
+@example({('cats', '\udcff.png'): IMAGES[0]}, 1, False, 0)
+@example({('\udcff', 'a.png'): IMAGES[0]}, 1, False, 0)
+@example({('cats', 'a.png'): b'x'}, 1, True, 0)
+@example({('cats', 'a.png'): IMAGES[0], ('cats', 'b.gif'): CUT}, 1, True, 0)
 @given(trees, st.sampled_from([1, 3]), st.booleans(), st.sampled_from([0, 0, 2]))
 def test_folders_of_images(tree, channels, skip, least):
     "As many images as there are files, and one warning of what is left out; or our error."
@@ -181,10 +192,10 @@ def mini(tmp_path_factory):
 WHOLE = 'filename,label\n' + ''.join(f'{name},{c}\n' for name, c in FILES.items())
 ROWS = ('', ',', ',,,', 'pipe.png,{c}', 'circle.png,{c}', '../secret.png,{c}')
 ROWS += ('{root}/secret.png,{c}', '../../secret.png,{c}', './{f},{c}', '../images/{f},{c}')
-ROWS += ('{f}', '{f},', ',{c}', '{f},x', '{f},{c},7', '"{f}","{c}"', '"{f},{c}', '{f};{c}', '{f}\t{c}', ' {f} , {c} ', '{F},{c}')
+ROWS += ('{f}', '{f},', ',{c}', '{f},x', '{f},{c},7', '"{f}","{c}"', '"{f},{c}', '{f};{c}')
 ROWS += ('{f},../{c}', '{f}\0,{c}', 'images,{c}', '.,{c}', '..,{c}', 'x' * 5000 + ',{c}')
 ROWS += ('\ud800,{c}', 'x' * 200_000 + ',{c}', '{{label}},{c}', '{f},{c}\r')
-ROWS += ('images/{f},{c}', '{f},{c}')
+ROWS += ('images/{f},{c}', '{f},{c}', ' {f} , {c} ', '{F},{c}', '{f}\t{c}')
 HEADS = ('filename,label', 'label,filename', 'filename,label,x', 'filename', 'filename;label', '')
 HEADS += ('filename,label,label', 'filename,filename', 'FILENAME,LABEL', ' filename, label', ',')
 
@@ -207,7 +218,20 @@ def tables(draw):
     return draw(st.just(content) | st.just(content) | spoilt(content))
 
 
+def with_row(row):
+    "The table with a further row."
+    return (WHOLE + row).encode()
+
+
 @often
+@example(with_row(f'../secret.png,{VAL[0]}'))
+@example(with_row(f'{{root}}/secret.png,{VAL[0]}'))
+@example(with_row(f'./{VAL[0]}_0.png,{VAL[0]}'))
+@example(with_row(f'pipe.png,{VAL[0]}'))
+@example(with_row(f'{"x" * 200_000},{VAL[0]}'))
+@example(with_row(VAL[0]))
+@example(WHOLE.encode('utf-16'))
+@example(WHOLE.replace('label\n', f'label\n{"x" * 300},{VAL[0]}\n').encode())
 @given(tables())
 def test_tables_of_mini_imagenet(mini, content):
     "Each image of the folder once at most, and none of another folder; or our error."

@@ -3,7 +3,6 @@
 Each test tries some hundred altered files here, and 20,000 with `make fuzz`.
 """
 
-import copy
 import json
 import warnings
 
@@ -128,6 +127,67 @@ def stored_learner(tmp_path_factory):
     return Stored(path, 'learner', *read_tensors(path, 'learner', LEARNER)), whole
 
 
+def set_at(tree, path, value):
+    "The tree with another value at a place; none: without the value that is there."
+    *holders, last = path.split('.')
+    tree = json.loads(json.dumps(tree))
+    inner = tree
+    for name in holders:
+        inner = inner[int(name) if name.isdigit() else name]
+    inner[last] = value
+    if value is None:
+        del inner[last]
+    return tree
+
+
+def with_head(kept, path, value):
+    "The file with a header that was changed at a place and sealed again."
+    header, rest = pieces(kept.content)
+    head = set_at(kept.head | dict(tensors=kept.digest), path, value)
+    header['__metadata__'][kept.key] = json.dumps(seal(head))
+    return joined(header, rest)
+
+
+FOUND = dict(tensors=None, members=[], card=7, plugins=7)
+FOUND |= {'members.0.attributes.n_way': None, 'members.0.piece': 'x', 'card.iterations': 'x'}
+FOUND |= {'members.0.theta': ['head.bias'], 'members.0.attributes.backbone.with.filters': 3}
+FOUND |= {'members.0.attributes.norm': {}, 'members.0.channels_last': 7}
+
+
+@pytest.mark.parametrize('path', FOUND)
+def test_learners_that_were_found(stored_learner, path):
+    kept, _ = stored_learner
+    write(kept, with_head(kept, path, FOUND[path]))
+    with pytest.raises(BadLearner, match='x.safetensors: '):
+        load_learner(kept.path)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        {'0/theta/head.bias': torch.zeros(4)},
+        {'0/theta/head.bias': torch.zeros(3, dtype=torch.int64)},
+        {'0/buffers/norm1.mean': torch.zeros(2, 3)},
+        {'0/theta/more': torch.zeros(3)},
+        {'1/theta/head.bias': torch.zeros(3)},
+    ],
+    ids=str,
+)
+def test_tensors_that_were_found(stored_learner, change):
+    kept, _ = stored_learner
+    write(kept, (kept.head, kept.tensors | change))
+    with pytest.raises(BadLearner, match='x.safetensors: it'):
+        load_learner(kept.path)
+
+
+def test_a_header_without_texts(stored_learner):
+    kept, _ = stored_learner
+    header, rest = pieces(kept.content)
+    write(kept, joined(header | dict(__metadata__=None), rest))
+    with pytest.raises(BadLearner, match='x.safetensors'):
+        load_learner(kept.path)
+
+
 @often
 @given(data=st.data())
 def test_learners(stored_learner, data):
@@ -188,3 +248,15 @@ def test_checkpoints(stored_run, data):
         assert found.history == whole.history and found.iteration == whole.iteration
         assert all(torch.equal(found.learner.theta[k], v) for k, v in whole.learner.theta.items())
     assert found.iteration >= 2 and found.history
+
+
+RUNS = {'tensors': None, 'config.iterations': None, 'history': [7], 'history.0.loss': 'x'}
+RUNS |= {'pending': [7], 'kept': [['x', 1]], 'iteration': -1, 'iteration ': 2**70}
+
+
+@pytest.mark.parametrize('path', RUNS)
+def test_checkpoints_that_were_found(stored_run, path):
+    kept, go, _ = stored_run
+    write(kept, with_head(kept, path.strip(), RUNS[path]))
+    with pytest.raises(BadCheckpoint, match='checkpoint.safetensors|config|another run'):
+        go(kept.path.parent)

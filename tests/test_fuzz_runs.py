@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fuzzing import ODD, STRANGE, altered, folder, no_hang, nowhere, often, put, spoilt
-from hypothesis import given
+from fuzzing import ODD, STRANGE, altered, circle, filled_folder, folder, no_hang, nowhere
+from fuzzing import often, pipe, put, spoilt
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fewshotmeta.data.files import BadFile, seal, write_json
+from fewshotmeta.data.files import seal, write_json
 from fewshotmeta.lab.batches import Planned
 from fewshotmeta.lab.command import _overview
 from fewshotmeta.lab.compare import compare, task_accuracies
@@ -175,8 +176,30 @@ def check_done_or_refused(runs):
         assert again['already'] and again['params'].items() <= PARAMS.items()
 
 
+def sealed(whole, **changes):
+    "The file of values that were changed by hand and sealed again."
+    return as_text(seal(whole | changes)).encode()
+
+
+def metric(**changes):
+    "The file of a result of one metric that was changed."
+    return sealed(RESULT, metrics=dict(test_accuracy=ACCURACY | changes))
+
+
 @often
 @given(thing=json_files(RESULT), look=looks)
+@example(thing=filled_folder, look=table)
+@example(thing=pipe, look=compared)
+@example(thing=circle, look=reported)
+@example(thing=sealed(dict(seed=1)), look=table)
+@example(thing=sealed(RESULT, run='../../x'), look=reported)
+@example(thing=sealed(RESULT, scale='a('), look=text)
+@example(thing=sealed(RESULT, seconds=10**400), look=table)
+@example(thing=sealed(RESULT, resumed_with=[7]), look=table)
+@example(thing=sealed(RESULT, params=PARAMS | dict(seed=[])), look=compared)
+@example(thing=metric(mean=None), look=text)
+@example(thing=metric(mean=float('inf')).replace(b'Infinity', b'1e999'), look=groups)
+@example(thing=metric(n='x'), look=table)
 def test_results(runs, thing, look):
     file = altered_run(runs) / 'result.json'
     with in_place_of(file, thing), no_hang():
@@ -193,7 +216,13 @@ def test_results(runs, thing, look):
             check_done_or_refused(runs)
 
 
+SWAPPED = TASKS.replace(',0,', ',x,').replace(',2,', ',0,').replace(',x,', ',2,').encode()
+
+
 @often
+@example(content=SWAPPED)
+@example(content=TASKS.replace('step_1', 'metric').encode())
+@example(content=b'')
 @given(content=spoilt(TASKS.encode()) | st.sampled_from(STRANGE))
 def test_accuracies_of_tasks(runs, content):
     place = altered_run(runs)
@@ -266,6 +295,14 @@ def notes(draw):
 
 
 @often
+@example(note=('.progress.json', sealed(PROGRESS, iteration=0)), width=80)
+@example(note=('.progress.json', sealed(PROGRESS, loss=None)), width=80)
+@example(note=('.progress.json', sealed(PROGRESS, iterations=10**400)), width=80)
+@example(note=('.progress.json', pipe), width=80)
+@example(note=('.origin.json', sealed(dict(params=PARAMS))), width=80)
+@example(note=('.origin.json', sealed(ORIGIN, resumed_with=[7])), width=80)
+@example(note=('failed.json', sealed(dict(kind='raised'))), width=80)
+@example(note=('job.json', sealed(dict(job=[]))), width=80)
 @given(note=notes(), width=st.integers(40, 200))
 def test_notes(begun, note, width):
     "What is left for whoever looks on: it is used or left out, and says how the run stands."
@@ -288,6 +325,9 @@ def test_notes(begun, note, width):
 
 
 @often
+@example(thing=sealed(dict(names=['../b', '..'])))
+@example(thing=sealed(dict(names=[[]])))
+@example(thing=sealed(dict(other=1)))
 @given(thing=json_files(dict(names=['notebook.ipynb', 'tasks.csv'])))
 def test_names_of_files_that_replace_others(thing):
     "What stands outside a run's folder stays, whichever names are listed."
@@ -325,6 +365,8 @@ def notebooks(draw):
 
 
 @often
+@example(thing=b'[' * 9999)
+@example(thing=b'{"cells": [{"cell_type": "code"}, 7]}')
 @given(thing=notebooks())
 def test_pictures(thing):
     with folder() as place, no_hang():
