@@ -133,7 +133,7 @@ def _read_cache(file):
         raise BadImage(f'{file} holds no dictionary: expected image_data and class_dict')
     named = content.get('class_dict')
     if 'image_data' not in content or not isinstance(named, dict):
-        found = ', '.join(sorted(content)) or 'nothing'
+        found = ', '.join(sorted(map(str, content))) or 'nothing'
         raise BadImage(f'{file} holds {found}: expected image_data, and class_dict as a dictionary')
     images = content['image_data']
     if not isinstance(images, np.ndarray) or images.ndim != 4 or images.shape[3] != 3:

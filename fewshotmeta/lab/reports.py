@@ -234,6 +234,8 @@ def _pictures_under(cells, heading):
         text = ''.join(cell['source']) if cell['cell_type'] == 'markdown' else ''
         under = under or bool(re.search(rf'^#.*{re.escape(heading)}', text, re.M))
         for output in cell.get('outputs', []) if under else []:
-            if png := output.get('data', {}).get('image/png'):
-                width = output.get('metadata', {}).get('image/png', {}).get('width')
-                yield base64.b64decode(''.join(png)), width
+            if text := output.get('data', {}).get('image/png'):
+                png = base64.b64decode(''.join(text))
+                if not png.startswith(b'\x89PNG'):
+                    raise ValueError('a picture is no PNG')
+                yield png, output.get('metadata', {}).get('image/png', {}).get('width')

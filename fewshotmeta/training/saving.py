@@ -263,8 +263,11 @@ def _check_names(tensors, members):
     if not members:
         raise BadLearner('its header describes no learner')
     own = tuple(f'{i}/{kind}/' for i in range(members) for kind in ('theta', 'buffers', 'frozen'))
-    if others := [name for name in tensors if not name.startswith(own)]:
-        raise BadLearner(f'it has a tensor {others[0]!r:.60}, which is no part of a learner')
+    for name, value in tensors.items():
+        if not name.startswith(own):
+            raise BadLearner(f'it has a tensor {name!r:.60}, which is no part of a learner')
+        if not (value.is_floating_point() or '/frozen/' in name):
+            raise BadLearner(f'its {name!r:.60} is of {value.dtype}, expected floating point')
 
 
 def _what_is_wrong(path, error):
@@ -284,8 +287,6 @@ def _check_shapes(learner):
         found = tuple(there[name].shape) if name in there else 'nothing'
         if found != tuple(value.shape):
             raise BadLearner(f'its {name} has the shape {found}, expected {tuple(value.shape)}')
-    if odd := [name for name, value in there.items() if not value.is_floating_point()]:
-        raise BadLearner(f'its {odd[0]} is of {there[odd[0]].dtype}, expected floating point')
 
 
 def _member(head, tensors):
