@@ -163,7 +163,7 @@ def compared(runs, whole):
         assert 'b_short_seed0' in str(e) and len(str(e)) < 5000
 
 
-looks = st.sampled_from([table, text, groups, reported, reported, compared])
+looks = st.sampled_from(6 * [reported] + [table, text, groups, compared])  # it is the quickest
 
 
 def check_done_or_refused(runs):
