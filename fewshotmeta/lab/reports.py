@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..data.files import BadFile, read_whole
 from ..data.checks import did_you_mean
+from .parameters import BadParameters, split_name
 from .runs import read_result
 from .published import MISSING, cell_text, markdown_table, published, reference
 from .batches import SCALES, read_batch, scales_of
@@ -52,7 +53,11 @@ def trained_in(
     learner = result['params'].get('learner')
     if not learner:
         return result
-    folder = result['folder'].parent.parent / learner
+    try:
+        place = split_name(learner, '')
+    except BadParameters as e:
+        raise BadFile(f'{result["folder"]}: its learner is no run ({e!s:.200})') from None
+    folder = result['folder'].parent.parent.joinpath(*place)
     return read_result(folder) | dict(folder=folder)
 
 # %% ../../nbs/lab/13_reports.ipynb #e80b7c70

@@ -92,20 +92,23 @@ def table_of(
     names = [name for name in names if name not in _FIXED]
     rows = []
     for r in results:
-        what = {name: _one_value(r['params'].get(name)) for name in ('seed', *names)}
+        what = {name: r['params'].get(name) for name in ('seed', *names)}
         what |= {name: r.get(name) for name in ('experiment', 'run', 'scale', *_ORIGIN)}
         metrics = list(r['metrics'].items())
         for metric, m in metrics if every else metrics[:1]:
             numbers = {name: m[name] for name in _NUMBERS}
-            rows.append(what | numbers | dict(recipe=recipe_name(r), metric=metric))
-    table = pd.DataFrame(rows, columns=[*_NAMES, *_NUMBERS, *names, *_ORIGIN]).convert_dtypes()
+            row = what | numbers | dict(recipe=recipe_name(r), metric=metric)
+            rows.append({_one_value(name): _one_value(value) for name, value in row.items()})
+    columns = [*_NAMES, *_NUMBERS, *map(_one_value, names), *_ORIGIN]
+    table = pd.DataFrame(rows, columns=columns).convert_dtypes()
     mixed = {c: 'string' for c in table if table[c].dtype == object}
     return table.astype(mixed | dict.fromkeys(('mean', 'ci95', 'seconds'), float))
 
 
 def _one_value(value):
-    "Write a list as text: a cell of a table holds one value."
-    return ','.join(map(str, value)) if isinstance(value, list) else value
+    "Write a list as text, and what is no UTF-8 by its number: a cell of a table holds one value."
+    text = ','.join(map(str, value)) if isinstance(value, list) else value
+    return text.encode(errors='backslashreplace').decode() if isinstance(text, str) else text
 
 # %% ../../nbs/lab/12_results.ipynb #28b6d7e4
 _MAY_DIFFER = {'run', 'recipe', 'seed', 'mean', 'ci95', 'plan', 'recompute', *_ORIGIN}

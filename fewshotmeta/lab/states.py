@@ -216,7 +216,7 @@ def _judged(p, result):
     if other:
         return State('changed', f'the result there has another {", ".join(other)}', result)
     now = dict(digest=digests(p.notebook, p.params))
-    later, other = result.get('resumed_with', []), {}
+    later, other = result.get('resumed_with') or [], {}
     for made in result, *later:
         other |= dict.fromkeys(changed_code(dict(digest=made.get('digest') or {}), now))
     if other:
