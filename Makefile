@@ -60,7 +60,7 @@ reliability: $(READY)
 
 # 20,000 altered inputs for whatever is read from outside; `make test` tries some hundred
 fuzz: $(READY)
-	FEWSHOTMETA_FUZZ=20000 $(ONE_THREAD) $(BIN)/pytest -n 2 tests/test_fuzz.py
+	FEWSHOTMETA_FUZZ=20000 $(ONE_THREAD) $(BIN)/pytest -n 2 tests/test_fuzz*.py
 
 clean:
 	rm -rf $(VENV) build dist _docs _proc .pytest_cache *.egg-info

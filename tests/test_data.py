@@ -497,6 +497,7 @@ PIXELS = np.zeros((4, 8, 8, 3), np.uint8)
 WRONG_PICKLES = [
     (dict(data=[], catname2label={}), 'holds catname2label, data: expected image_data'),
     (dict(image_data=PIXELS, class_dict=[]), 'holds class_dict, image_data: .*as a dictionary'),
+    ({1: [], 'a': []}, 'holds 1, a: expected image_data'),
     ([PIXELS], 'holds no dictionary'),
     (dict(image_data=[1], class_dict={}), 'image_data is no array'),
     (dict(image_data=PIXELS[0], class_dict={}), r'of the shape \(8, 8, 3\)'),

@@ -4,59 +4,24 @@ Each test tries some hundred altered inputs here, and 20,000 with `make fuzz`.
 """
 
 import contextlib
-import copy
 import io
 import json
 import os
 import re
 import shutil
-import signal
-import tempfile
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from hypothesis import HealthCheck, example, given, settings
+from fuzzing import altered, folder, no_hang, often
+from hypothesis import given
 from hypothesis import strategies as st
 
-from fewshotmeta.data.files import BadFile, read_json, seal
 from fewshotmeta.lab.batches import BadBatch, read_batch
 from fewshotmeta.lab.command import _given, _parser
 from fewshotmeta.lab.parameters import BadParameters, Parameter, default_name, merge_parameters
 from fewshotmeta.lab.parameters import parse_value, read_parameters, split_name
 
-ASKED = int(os.environ.get('FEWSHOTMETA_FUZZ', 0))  # examples; 0: a few, always the same
-often = settings(
-    max_examples=ASKED or 200,
-    derandomize=not ASKED,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    print_blob=True,
-)
 EXPERIMENTS = ROOT / 'nbs' / 'experiments'
-
-
-@contextlib.contextmanager
-def no_hang(seconds=20):
-    "Fail where something takes longer than that."
-
-    def stop(*_):
-        raise AssertionError(f'it hangs: more than {seconds} s')
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@contextlib.contextmanager
-def folder():
-    "An empty folder for one example."
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
 
 
 # ---- batch files
@@ -313,41 +278,6 @@ def test_parameters_of_the_command_line(items, more):
         assert type(params[name]) is type(known[name].default)
         again = params[name] if isinstance(params[name], str) else repr(params[name])
         assert parse_value(known[name], again) == params[name]
-
-
-def places_in(tree):
-    "Every place in a tree of lists and dicts: its holder, and the key."
-    keys = range(len(tree)) if isinstance(tree, list) else tree
-    for key in keys if isinstance(tree, dict | list) else ():
-        yield tree, key
-        yield from places_in(tree[key])
-
-
-ODD = (None, True, -1, 0, 7, 2**70, 10**400, 0.5, 1e300, '', 'x', 'x' * 999, '../..', '/', 'a b')
-ODD += ('\ud800', '\x00', 'é', [], {}, [[]], [None], [0], {'a': {}}, {'x': [1, 2]}, '\x1b[2J')
-ODD += ('a\nb',)
-
-
-@st.composite
-def altered(draw, whole, odd=ODD):
-    "A tree of lists and dicts with up to three values replaced, taken away or added."
-    tree = copy.deepcopy(whole)
-    for _ in range(draw(st.integers(1, 3))):
-        places = list(places_in(tree))
-        if not places:
-            break
-        holder, key = places[draw(st.integers(0, len(places) - 1))]
-        kind = draw(st.sampled_from(['replace', 'replace', 'remove', 'add']))
-        value = copy.deepcopy(draw(st.sampled_from(odd)))
-        if kind == 'replace':
-            holder[key] = value
-        elif kind == 'remove':
-            del holder[key]
-        elif isinstance(holder, list):
-            holder.append(value)
-        else:
-            holder[draw(st.sampled_from(['x', '../y', '']))] = value
-    return tree
 
 
 NOTEBOOK = dict(

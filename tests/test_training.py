@@ -527,11 +527,11 @@ def as_double(head, tensors):
         (moved('theta/head.bias', 'theta/bias'), 'theta/head.bias is no tensor there'),
         (moved('kept0/theta/head.bias', 'kept7/x'), 'kept0/theta/head.bias is no tensor there'),
         (said(kept=[]), 'kept0/theta/.* there, no tensor in this run'),
-        (said(iteration=None), "its header has no 'iteration': delete it"),
-        (said(iteration='many'), "its header has iteration='many', no int"),
+        (said(iteration=None), 'its header has no iteration: expected int: delete it'),
+        (said(iteration='many'), "its header has iteration='many': expected int"),
         (said(kept=[3]), r'its header has kept=\[3\], no list of pairs'),
-        (said(config=None), "its header has no 'config'"),
-        (said(seconds='long'), "its header has seconds='long', no float"),
+        (said(config=None), 'its header has no config'),
+        (said(seconds='long'), "its header has seconds='long': expected float"),
     ],
 )
 def test_a_resealed_checkpoint_of_other_tensors(half_done, train, valid, tmp_path, change, words):

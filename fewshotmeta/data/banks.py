@@ -73,7 +73,8 @@ def digest(self: ImageBank) -> str:
     "Fingerprint pixels, class names and families."
     of_class = zip(self.classes, self.family.tolist(), self.digests)
     rows = [f'{name}|{family}|{digest}' for name, family, digest in of_class]
-    return hashlib.sha256('\n'.join(rows).encode()).hexdigest()[:16]
+    text = '\n'.join(rows)
+    return hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]
 
 # %% ../../nbs/data/02_banks.ipynb #efffb1f0
 @patch

@@ -95,7 +95,8 @@ def _arrays_of(file, kind, form):
     "Read the pixels and labels of a pickle, checked."
     content = read_pickle(file)
     if not isinstance(content, dict) or not {'data', kind} <= set(content):
-        found = ', '.join(sorted(content)) if isinstance(content, dict) else 'no dictionary'
+        named = isinstance(content, dict)
+        found = ', '.join(sorted(map(str, content))) if named else 'no dictionary'
         raise BadImage(f'{file} holds {found or "nothing"}: expected data and {kind}')
     pixels, labels = content['data'], content[kind]
     shape = getattr(pixels, 'shape', None)

@@ -9,13 +9,12 @@ __all__ = ['FILTERS', 'IMAGE_SUFFIXES', 'DataMissing', 'BadImage', 'fit_image', 
 # %% ../../nbs/data/03_images.ipynb #79045c72
 import hashlib
 import os
-import struct
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -82,19 +81,10 @@ def _as_array(im, invert):
     return 255 - x if invert else x
 
 # %% ../../nbs/data/03_images.ipynb #afc0087c
-_UNREADABLE = (
-    UnidentifiedImageError,
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-
-
 def _opened(path, channels, expect, animated):
     "Open a file upright, in grey or RGB: its first frame, if it has several."
+    if isinstance(path, (str, Path)) and os.path.exists(path) and not os.path.isfile(path):
+        raise BadImage(f'{path} is no plain file')  # a pipe would be waited for
     try:
         with Image.open(path) as im:
             if expect and im.size != expect:
@@ -106,8 +96,8 @@ def _opened(path, channels, expect, animated):
             return _flatten_mode(ImageOps.exif_transpose(im), channels)
     except BadImage:
         raise
-    except _UNREADABLE as e:
-        raise BadImage(f'{path}: {e}') from e
+    except Exception as e:  # a decoder of a format stumbles as it likes, say with an IndexError
+        raise BadImage(f'{path}: {getattr(e, "strerror", None) or e}') from e
 
 
 def _flatten_mode(im, channels):
@@ -218,10 +208,10 @@ def build_bank(
     form = dict(resize=resize, margin=margin, invert=invert, squash=squash)
     pixels = dict(size=size, channels=channels, expect=expect)
     count, bad, animated = _read_into(images, files, name, pixels | form)
-    if bad and not skip_unreadable:
+    if bad and (not skip_unreadable or not count.any()):
         more = f'\n… and {len(bad) - 5} more' if len(bad) > 5 else ''
         named = '\n'.join(bad[:5]) + more
-        if left_out is not None:
+        if left_out is not None and not skip_unreadable:
             named += '\nskip_unreadable=True leaves them out'
         raise BadImage(
             f'{name}: {len(bad)} of {total} files cannot be used, nothing was written:\n{named}'
@@ -286,17 +276,37 @@ IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.jfif', '.bmp', '.gif', '.tif', '.ti
 IMAGE_SUFFIXES += ('.ppm', '.pgm')
 
 
+def _entries(path):
+    "What is in a folder, sorted, hidden things left out."
+    return sorted((e for e in os.scandir(path) if not e.name.startswith('.')), key=_name)
+
+
+def _name(entry):
+    return entry.name
+
+
+def _kind(entry):
+    "Whether it is a 'folder' or a 'file'; empty for a pipe, or a link to itself or to nothing."
+    try:
+        return 'folder' if entry.is_dir() else 'file' * entry.is_file()
+    except OSError:
+        return ''
+
+
+def _is_image(entry):
+    return entry.name.lower().endswith(IMAGE_SUFFIXES) and _kind(entry) == 'file'
+
+# %% ../../nbs/data/03_images.ipynb #c3b0a871
 def class_folders(path) -> list[str]:
     "List the names of the folders in a folder, sorted, hidden ones left out."
-    return sorted(e.name for e in os.scandir(path) if e.is_dir() and not e.name.startswith('.'))
+    return [e.name for e in _entries(path) if _kind(e) == 'folder']
 
 
 def images_in(path) -> list[str]:
     "List the paths of the images in a folder, sorted, hidden ones left out."
-    files = [e for e in os.scandir(path) if e.is_file() and not e.name.startswith('.')]
-    return sorted(e.path for e in files if e.name.lower().endswith(IMAGE_SUFFIXES))
+    return [e.path for e in _entries(path) if _is_image(e)]
 
-
+# %% ../../nbs/data/03_images.ipynb #c3b0a872
 def fingerprint(
     root,  # the folder that names are relative to
     paths,  # files or folders
@@ -306,9 +316,10 @@ def fingerprint(
     rows = []
     for path in paths:
         for file in _files_in(path) if inside and os.path.isdir(path) else [path]:
-            found = os.stat(file)
+            found = os.stat(file) if os.path.exists(file) else os.lstat(file)
             rows.append(f'{os.path.relpath(file, root)} {found.st_size} {found.st_mtime_ns}')
-    return hashlib.sha256('\n'.join(rows).encode()).hexdigest()[:16]
+    text = '\n'.join(rows)
+    return hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]
 
 
 def _files_in(folder):
@@ -321,23 +332,18 @@ def _files_in(folder):
 def _look_around(path):
     "What a folder of class folders holds: the images of each class, and what is left out by kind."
     files, left_out = {}, dict(unknown=[], nested=[], empty=[])
-    left_out['stray'] = [entry.name for entry in _entries(path) if entry.is_file()]
+    left_out['stray'] = [entry.name for entry in _entries(path) if _kind(entry) != 'folder']
     for c in class_folders(path):
         files[c] = images_in(path / c)
         for entry in _entries(path / c):
-            if entry.is_dir():
+            if _kind(entry) == 'folder':
                 left_out['nested'].append(f'{c}/{entry.name}')
-            elif not (entry.is_file() and entry.name.lower().endswith(IMAGE_SUFFIXES)):
+            elif not _is_image(entry):
                 left_out['unknown'].append(f'{c}/{entry.name}')
         if not files[c]:
             left_out['empty'].append(c)
     return {c: paths for c, paths in files.items() if paths}, left_out
 
-
-def _entries(path):
-    "What is in a folder, sorted, hidden things left out."
-    shown = {e.name: e for e in os.scandir(path) if not e.name.startswith('.')}
-    return [shown[name] for name in sorted(shown)]
 
 # %% ../../nbs/data/03_images.ipynb #08bd64c9
 def _note_unreadable(files, bank, left_out):

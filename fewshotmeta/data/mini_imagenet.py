@@ -86,25 +86,44 @@ def _check_classes(base, split, found):
         )
 
 # %% ../../nbs/data/09_mini_imagenet.ipynb #6d70fa54
-def _mini_files_of_csv(base, split, classes):
-    "Map each class that a csv file names to its files."
-    # a spreadsheet begins its file with a byte order mark
-    with open(base / f'{split}.csv', newline='', encoding='utf-8-sig') as f:
-        rows = list(csv.DictReader(f))
+def _rows_of_csv(file):
+    "Read the rows of a table of file names and labels, each of which has both."
+    expected = 'expected a table in UTF-8 with the columns filename,label'
+    try:
+        # a spreadsheet begins its file with a byte order mark
+        with open(file, newline='', encoding='utf-8-sig') as f:
+            rows = list(csv.DictReader(f))
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise BadImage(f'{file} cannot be read ({e!s:.200}): {expected}') from e
     if not rows or not {'filename', 'label'} <= set(rows[0]):
-        raise BadImage(f'{base}/{split}.csv: expected the columns filename,label')
-    form = _csv_form(base / 'images', rows[0])
-    found = {c: [] for c in classes}
+        raise BadImage(f'{file}: {expected}')
+    for i, row in enumerate(rows, 2):
+        if not (row['filename'] and row['label']):
+            raise BadImage(f'{file}, row {i}: lacks a name or a label: {expected}')
+    return rows
+
+
+def _mini_files_of_csv(base, split, classes):
+    "Map each class that a csv file names to its files, each of which is named once."
+    file, images = base / f'{split}.csv', base / 'images'
+    rows = _rows_of_csv(file)
+    form = _csv_form(images, rows[0])
+    found, named = {c: [] for c in classes}, set()
     for row in rows:
-        path = base / 'images' / form.format_map(row)
-        found.setdefault(row['label'], []).append(str(path))
+        name = PurePosixPath(form.format_map(row))
+        if name.is_absolute() or '..' in name.parts:
+            raise BadImage(f'{file}: {str(name)!r:.200} leads out of {images}')
+        if name in named:
+            raise BadImage(f'{file} names {str(name)!r} twice, which is no second image')
+        named.add(name)
+        found.setdefault(row['label'], []).append(str(images / name))
     return found
 
 
 def _csv_form(images, row):
     "How the path of an image in the folder `images` is made of a row, as the first row shows."
     forms = '{filename}', '{label}/{filename}', 'images/{filename}', 'images/{label}/{filename}'
-    return next((f for f in forms if (images / f.format_map(row)).is_file()), forms[0])
+    return next((f for f in forms if os.path.isfile(images / f.format_map(row))), forms[0])
 
 # %% ../../nbs/data/09_mini_imagenet.ipynb #e2075b8d
 def _read_cache(file):
@@ -114,7 +133,7 @@ def _read_cache(file):
         raise BadImage(f'{file} holds no dictionary: expected image_data and class_dict')
     named = content.get('class_dict')
     if 'image_data' not in content or not isinstance(named, dict):
-        found = ', '.join(sorted(content)) or 'nothing'
+        found = ', '.join(sorted(map(str, content))) or 'nothing'
         raise BadImage(f'{file} holds {found}: expected image_data, and class_dict as a dictionary')
     images = content['image_data']
     if not isinstance(images, np.ndarray) or images.ndim != 4 or images.shape[3] != 3:

@@ -51,7 +51,7 @@ def names_in(
     folder,  # that is there
 ) -> list[str]:
     "Name what a folder holds, folders with a slash."
-    return sorted(e.name + ('/' if e.is_dir() else '') for e in os.scandir(folder))
+    return sorted(e.name + ('/' if os.path.isdir(e.path) else '') for e in os.scandir(folder))
 
 
 def held(

@@ -49,7 +49,8 @@ def _labels_of(file, split):
     content = read_pickle(file)
     keys = {'label_specific', 'label_specific_str'}
     if not isinstance(content, dict) or not keys <= set(content):
-        found = ', '.join(sorted(content)) if isinstance(content, dict) else 'no dictionary'
+        named = isinstance(content, dict)
+        found = ', '.join(sorted(map(str, content))) if named else 'no dictionary'
         raise BadImage(f'{file} holds {found or "nothing"}: expected {" and ".join(sorted(keys))}')
     labels, names = content['label_specific'], content['label_specific_str']
     if not all(isinstance(each, list | np.ndarray) for each in (labels, names)):

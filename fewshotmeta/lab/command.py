@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import fewshotmeta
-from ..data.files import BadFile, cache_folder, data_root, digest_of, read_json
+from ..data.files import BadFile, cache_folder, data_root, digest_of
 from ..data.checks import check_size
 from .parameters import BadParameters, default_name, experiment_file
 from .parameters import experiment_files, merge_parameters, parse_value
@@ -31,7 +31,7 @@ from .parameters import read_parameters, runs_folder
 from .provenance import device_name, provenance, version_of
 from .locks import RunBusy, marker
 from .execution import RunFailed, format_metric
-from .runs import begun_by, folder_anew, run_notebook
+from .runs import begun_by, folder_anew, read_result, run_notebook
 from .batches import Planned, read_batch
 from .states import State, View, describe_state, headline, state_of, summary
 from .slurm import slurm_queue
@@ -384,7 +384,7 @@ def _is_held(folder, note):
 def _read_result(planned):
     "The result of a run; empty if there is none, or half of one."
     try:
-        return read_json(planned.folder / 'result.json')
+        return read_result(planned.folder)
     except (BadFile, OSError):
         return {}
 

@@ -17,9 +17,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..data.files import BadFile, read_json
+from ..data.files import BadFile
 from ..data.checks import did_you_mean
 from ..training.evaluation import interval
+from .runs import read_result
 from .published import markdown_table
 from .results import all_results, differing_parameters, nothing_matches, recipe_name
 
@@ -32,7 +33,7 @@ def task_accuracies(
     import pandas as pd
 
     folder = Path(folder)
-    measured = read_json(folder / 'result.json')['metrics']
+    measured = read_result(folder)['metrics']
     if metric not in measured:
         near = did_you_mean(metric, measured)
         raise ValueError(f'{folder} has no metric {metric!r}{near}. There are: {_listed(measured)}')
@@ -42,11 +43,18 @@ def task_accuracies(
         raise ValueError(f'{folder} has no tasks.csv, {way}')
     if metric not in with_tasks:
         raise ValueError(f'{metric} is not measured task by task: use {_listed(with_tasks)}')
-    table = pd.read_csv(folder / 'tasks.csv')
-    rows = table[table['metric'] == metric].drop(columns=['metric', 'task']).dropna(axis=1)
-    found = torch.tensor(rows.to_numpy(), dtype=torch.float64)
-    here, there = (len(found), found[:, -1:].mean()), measured[metric]
-    if here[0] != there['n'] or not abs(here[1] - there['mean']) < 1e-5:
+    try:
+        table = pd.read_csv(folder / 'tasks.csv')
+        rows = table[table['metric'] == metric]
+        in_order = list(rows['task']) == list(range(len(rows)))
+        rows = rows.drop(columns=['metric', 'task']).dropna(axis=1)
+        found = torch.tensor(rows.to_numpy(float), dtype=torch.float64)
+    except (ValueError, LookupError, OverflowError) as e:
+        said = f'{folder}/tasks.csv is not whole ({e!s:.200}): run again with --force'
+        raise BadFile(said) from None
+    there = measured[metric]
+    near = abs(found[:, -1:].mean() - there['mean']) < 1e-5
+    if not (in_order and near and len(found) == there['n']):
         raise BadFile(f'{folder}/tasks.csv is not of the result beside it: run again with --force')
     return found
 
@@ -92,7 +100,7 @@ def _method(name, metric, runs):
         raise BadFile(f'{bad[0]}: run it again with --force')
     folders = [Path(runs) / r['experiment'] / r['run'] for r in found]
     if not found and (Path(name) / 'result.json').is_file():
-        return [_tested(read_json(Path(name) / 'result.json'), name, metric, name)]
+        return [_tested(read_result(name), name, metric, name)]
     if not found:
         raise ValueError(nothing_matches(runs, name))
     alike = [_without_seeds(r) for r in found]

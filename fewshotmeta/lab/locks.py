@@ -13,7 +13,7 @@ import time
 from operator import itemgetter
 from pathlib import Path
 
-from ..data.files import BadFile, locked, read_json, write_json
+from ..data.files import BadFile, check_form, locked, read_json, write_json
 from .provenance import timestamp
 
 # %% ../../nbs/lab/02_locks.ipynb #d5b79d78
@@ -55,6 +55,9 @@ def failure_record(
     )
 
 
+_RECORD = dict(kind=str, error=str, when=str)
+
+
 def _failures(runs, experiment, slug):
     inside = Path(runs) / experiment / slug / 'failed.json'
     return inside, marker(runs, experiment, slug, 'failed.json')
@@ -65,7 +68,7 @@ def last_failure(runs, experiment: str, slug: str) -> dict:
     found = []
     for path in _failures(runs, experiment, slug):
         with contextlib.suppress(BadFile, OSError):
-            found.append(read_json(path))
+            found.append(check_form(dict(kind='', error='') | read_json(path), _RECORD, path))
     return max(found, key=itemgetter('when'), default={})
 
 

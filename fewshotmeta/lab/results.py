@@ -8,14 +8,15 @@ __all__ = ['all_results', 'nothing_matches', 'recipe_name', 'differing_parameter
 
 # %% ../../nbs/lab/12_results.ipynb #9d9f335d
 import fnmatch
+import os
 import re
 import textwrap
 from pathlib import Path
 
-from ..data.files import BadFile, atomic, read_json
+from ..data.files import BadFile, atomic
 from ..data.checks import did_you_mean
 from .execution import format_metric
-from .runs import settle_run
+from .runs import read_result, settle_run
 
 # %% ../../nbs/lab/12_results.ipynb #553617d9
 def all_results(
@@ -26,12 +27,13 @@ def all_results(
     for path in Path(runs).glob('.new/*/*/result.json'):
         settle_run(runs, *path.parts[-3:-1])
     whole, bad = [], []
-    for path in sorted(Path(runs).glob('*/*/result.json')):
-        if not fnmatch.fnmatch(f'{path.parent.parent.name}/{path.parent.name}', only):
+    for folder in sorted(Path(runs).glob('*/*')):
+        matches = fnmatch.fnmatch('/'.join(folder.parts[-2:]), only)
+        if not (matches and os.path.lexists(folder / 'result.json')):
             continue
         try:
-            whole.append(read_json(path))
-        except BadFile as e:
+            whole.append(read_result(folder))
+        except (BadFile, OSError) as e:
             bad.append(str(e))
     return whole, bad
 
@@ -55,7 +57,8 @@ def recipe_name(
     result: dict,  # of `all_results`
 ) -> str:
     "Return the name of a run without its scale and seed."
-    return re.sub(rf'(_{result["scale"]})?(_seed\d+)?$', '', result['run'])
+    scale = re.escape(str(result['scale']))
+    return re.sub(rf'(_{scale})?(_seed\d+)?$', '', result['run'])
 
 
 def differing_parameters(
@@ -89,20 +92,23 @@ def table_of(
     names = [name for name in names if name not in _FIXED]
     rows = []
     for r in results:
-        what = {name: _one_value(r['params'].get(name)) for name in ('seed', *names)}
+        what = {name: r['params'].get(name) for name in ('seed', *names)}
         what |= {name: r.get(name) for name in ('experiment', 'run', 'scale', *_ORIGIN)}
         metrics = list(r['metrics'].items())
         for metric, m in metrics if every else metrics[:1]:
             numbers = {name: m[name] for name in _NUMBERS}
-            rows.append(what | numbers | dict(recipe=recipe_name(r), metric=metric))
-    table = pd.DataFrame(rows, columns=[*_NAMES, *_NUMBERS, *names, *_ORIGIN]).convert_dtypes()
+            row = what | numbers | dict(recipe=recipe_name(r), metric=metric)
+            rows.append({_one_value(name): _one_value(value) for name, value in row.items()})
+    columns = [*_NAMES, *_NUMBERS, *map(_one_value, names), *_ORIGIN]
+    table = pd.DataFrame(rows, columns=columns).convert_dtypes()
     mixed = {c: 'string' for c in table if table[c].dtype == object}
     return table.astype(mixed | dict.fromkeys(('mean', 'ci95', 'seconds'), float))
 
 
 def _one_value(value):
-    "Write a list as text: a cell of a table holds one value."
-    return ','.join(map(str, value)) if isinstance(value, list) else value
+    "Write a list as text, and what is no UTF-8 by its number: a cell of a table holds one value."
+    text = ','.join(map(str, value)) if isinstance(value, list) else value
+    return text.encode(errors='backslashreplace').decode() if isinstance(text, str) else text
 
 # %% ../../nbs/lab/12_results.ipynb #28b6d7e4
 _MAY_DIFFER = {'run', 'recipe', 'seed', 'mean', 'ci95', 'plan', 'recompute', *_ORIGIN}

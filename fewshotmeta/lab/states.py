@@ -18,7 +18,7 @@ from ..data.files import BadFile, locked, read_json
 from .provenance import changed_code, digests
 from .locks import last_failure, marker, read_marker
 from .execution import format_metric
-from .runs import begun_by, changed_since_begun, folder_anew, settle_run
+from .runs import begun_by, changed_since_begun, folder_anew, read_result, settle_run
 from .batches import Planned
 
 # %% ../../nbs/lab/07_states.ipynb #29cf45ab
@@ -114,13 +114,13 @@ def state_of(
     who = read_marker(p.runs, p.experiment, p.slug)
     again = folder_anew(p.runs, p.experiment, p.slug)
     failure = last_failure(p.runs, p.experiment, p.slug)
-    result, progress = None, _read(p.folder / '.progress.json')
+    result, progress = None, _read(p.folder / '.progress.json', _PROGRESS)
     try:
-        result = read_json(p.folder / 'result.json')
-        progress = _read(again / '.progress.json')
+        result = read_result(p.folder)
+        progress = _read(again / '.progress.json', _PROGRESS)
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except BadFile as e:
+    except (BadFile, OSError) as e:
         if not (who and _held(p)):
             return State('broken', str(e), progress=progress)
     failed = failure and (result is None or failure['when'] > result['finished'])
@@ -139,16 +139,23 @@ def _with_begun(state, again, progress, who):
     return replace(state, note='; '.join(filter(None, [state.note, note])), who=who)
 
 
+# %% ../../nbs/lab/07_states.ipynb #5b7e20c9
+def _knows(progress, *names):
+    "Whether numbers were noted."
+    return all(progress.get(name) is not None for name in names)
+
+
 def _reached(progress):
     "How far a training is, in words; empty if it is not known."
-    if 'iteration' not in progress:
+    if not _knows(progress, 'iteration', 'iterations'):
         return ''
     return f'iteration {progress["iteration"]:,} of {progress["iterations"]:,}'
 
 # %% ../../nbs/lab/07_states.ipynb #4ea5d862
 def _without_result(p, queue, failure, begun, progress):
     "The state of a run that has no result to judge, and a note."
-    job = _read(marker(p.runs, p.experiment, p.slug, 'job.json')).get('job')
+    noted = marker(p.runs, p.experiment, p.slug, 'job.json')
+    job = _read(noted, dict(job=str | None)).get('job')
     in_queue = queue.get(job)
     if in_queue in ('PENDING', 'REQUEUED', 'CONFIGURING', 'REQUEUE_HOLD'):
         return 'queued', f'job {job}'
@@ -168,12 +175,20 @@ def _without_result(p, queue, failure, begun, progress):
     return ('stopped' if begun else 'waiting'), note
 
 # %% ../../nbs/lab/07_states.ipynb #8a3b61ce
-def _read(path):
-    "A JSON file; empty if there is none, or half of one."
+_NUMBER = int | float | None
+_PROGRESS = dict.fromkeys(('iteration', 'iterations', 'done', 'all'), int | None)
+_PROGRESS |= dict.fromkeys(('seconds', 'spent', 'loss', 'accuracy', 'best'), _NUMBER)
+_PROGRESS |= dict(phase=str | None)
+
+
+def _read(path, form):
+    "A JSON file; empty if there is none, half of one, or one of another form."
     try:
-        return read_json(path)
+        found = read_json(path, form)
     except (BadFile, OSError):
         return {}
+    numbers = [v for name, v in found.items() if form.get(name) in (int | None, _NUMBER)]
+    return found if all(abs(v or 0) < 1e15 for v in numbers) else {}
 
 
 def _held(p):
@@ -201,7 +216,7 @@ def _judged(p, result):
     if other:
         return State('changed', f'the result there has another {", ".join(other)}', result)
     now = dict(digest=digests(p.notebook, p.params))
-    later, other = result.get('resumed_with', []), {}
+    later, other = result.get('resumed_with') or [], {}
     for made in result, *later:
         other |= dict.fromkeys(changed_code(dict(digest=made.get('digest') or {}), now))
     if other:
@@ -263,15 +278,16 @@ def summary(states: dict) -> str:
 # %% ../../nbs/lab/07_states.ipynb #fd88ce75
 def _pace(progress, detail):
     "How far a run is, how fast, how well, and how long still, as texts."
-    phase = progress.get('phase', 'training')
-    if phase == 'testing' or 'iteration' not in progress:
+    phase = progress.get('phase') or 'training'
+    if phase == 'testing' or not _knows(progress, 'iteration'):
         return _pace_of_tasks(phase, progress)
-    if not progress.get('seconds'):
+    known = _knows(progress, 'iteration', 'iterations', 'seconds', 'loss', 'accuracy')
+    if not known or progress['iteration'] < 1 or progress['seconds'] <= 0:
         return []
     done, all_ = progress['iteration'], progress['iterations']
     rate = done / progress['seconds']
     how_far = f'{done:,}/{all_:,}'
-    if phase == 'validating':
+    if phase == 'validating' and _knows(progress, 'done', 'all'):
         tasks = f'validating {progress["done"]}/{progress["all"]}'
         how_far = f'{how_far}, {tasks}' if detail > 1 else tasks
     well = f'loss {progress["loss"]:.3f}'
@@ -284,7 +300,8 @@ def _pace(progress, detail):
 
 def _pace_of_tasks(phase, progress):
     "The same of a test, whose accuracy is not known before its end."
-    if not progress.get('spent') or not progress['done']:
+    known = _knows(progress, 'spent', 'done', 'all')
+    if not known or progress['done'] < 1 or progress['spent'] <= 0:
         return []
     done, all_ = progress['done'], progress['all']
     rate = done / progress['spent']

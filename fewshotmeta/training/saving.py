@@ -16,10 +16,10 @@ import torch
 from fastcore.basics import patch
 
 from ..data.checks import PLUGINS, did_you_mean, import_plugin
-from ..data.files import BadFile
+from ..data.files import BadFile, check_form
 from ..engine.layers import channels_last
 from ..learners.backbones import BACKBONES
-from ..learners.cards import card_of
+from ..learners.cards import Card, card_of
 from ..learners.maml import MAML
 from .checkpoints import APART, read_tensors, save_tensors, under_prefix
 from .evaluation import Ensemble
@@ -223,15 +223,23 @@ def load_learner(
     path = _file_of(source)
     try:
         head, tensors = read_tensors(path, 'learner', LEARNER)
-        _check_plugins(head.get('plugins', {}))
+        check_form(head, dict(card=dict, members=list, plugins=dict | None), 'its header')
+        check_form(head['card'], {k: v for k, v in _CARD.items() if k in head['card']}, 'its card')
+        _check_plugins(head.get('plugins') or {})
+        _check_names(tensors, len(head['members']))
         members = [
             _member(one, under_prefix(tensors, f'{i}/', device))
             for i, one in enumerate(head['members'])
         ]
+        card = card_of(head['card'])
+        for one in members:
+            one.card = card
+            repr(one)  # stumbles over what it lacks
     except BadFile as e:
         raise BadLearner(_what_is_wrong(path, e)) from e
-    for one in members:
-        one.card = card_of(head['card'])
+    except Exception as e:  # whatever a constructor says to a header that was written by hand
+        said = f'{type(e).__name__}: {e!s:.200}'
+        raise BadLearner(f'{path}: what its header describes is no learner ({said})') from e
     return members[0] if len(members) == 1 else Ensemble(members)
 
 # %% ../../nbs/training/10_saving.ipynb #2d854f22
@@ -246,10 +254,39 @@ def _check_plugins(needed):
         )
 
 
+_CARD = {f.name: {tuple: list}.get(type(f.default), type(f.default)) for f in fields(Card)}
+_CARD |= dict(images=dict | None)
+
+
+def _check_names(tensors, members):
+    "Refuse tensors that belong to none of so many learners, or that there is no learner."
+    if not members:
+        raise BadLearner('its header describes no learner')
+    own = tuple(f'{i}/{kind}/' for i in range(members) for kind in ('theta', 'buffers', 'frozen'))
+    for name, value in tensors.items():
+        if not name.startswith(own):
+            raise BadLearner(f'it has a tensor {name!r:.60}, which is no part of a learner')
+        if not (value.is_floating_point() or '/frozen/' in name):
+            raise BadLearner(f'its {name!r:.60} is of {value.dtype}, expected floating point')
+
+
 def _what_is_wrong(path, error):
     "The message of a file that cannot be used."
     text = str(error)
     return text if text.startswith(str(path)) else f'{path}: {text}'
+
+# %% ../../nbs/training/10_saving.ipynb #2d854f23
+def _check_shapes(learner):
+    "Refuse parameters and statistics that do not fit the learner's network and head."
+    backbone, head = learner.backbone, getattr(learner, 'head', None)
+    gen, there = torch.Generator(), learner.theta | learner.buffers
+    wanted = backbone.init(gen) | backbone.buffers()
+    if hasattr(head, 'fresh'):
+        wanted |= head.fresh(backbone.out_features, learner.head_init, gen)
+    for name, value in wanted.items():
+        found = tuple(there[name].shape) if name in there else 'nothing'
+        if found != tuple(value.shape):
+            raise BadLearner(f'its {name} has the shape {found}, expected {tuple(value.shape)}')
 
 
 def _member(head, tensors):
@@ -258,6 +295,8 @@ def _member(head, tensors):
     learner = cls.__new__(cls)
     vars(learner).update({k: _from_json(v) for k, v in head['attributes'].items()})
     learner.theta, found = {}, under_prefix(tensors, 'theta/')
+    if odd := sorted(found.keys() ^ set(head['theta'])):
+        raise BadLearner(f'its header and its tensors differ in the parameter {odd[0]!r:.60}')
     for name in head['theta']:
         value = found[name]
         value = channels_last(value) if name in head['channels_last'] else value
@@ -266,6 +305,7 @@ def _member(head, tensors):
     frozen = under_prefix(tensors, 'frozen/')
     if frozen or _frozen(learner):
         _freeze(learner.backbone, frozen)
+    _check_shapes(learner)
     return learner
 
 # %% ../../nbs/training/10_saving.ipynb #e2d48b06
