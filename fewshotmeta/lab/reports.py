@@ -15,8 +15,10 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.files import BadFile, read_json
+from ..data.files import BadFile, read_whole
 from ..data.checks import did_you_mean
+from .parameters import BadParameters, split_name
+from .runs import read_result
 from .published import MISSING, cell_text, markdown_table, published, reference
 from .batches import SCALES, read_batch, scales_of
 from .results import all_results, recipe_name
@@ -51,8 +53,12 @@ def trained_in(
     learner = result['params'].get('learner')
     if not learner:
         return result
-    folder = result['folder'].parent.parent / learner
-    return read_json(folder / 'result.json') | dict(folder=folder)
+    try:
+        place = split_name(learner, '')
+    except BadParameters as e:
+        raise BadFile(f'{result["folder"]}: its learner is no run ({e!s:.200})') from None
+    folder = result['folder'].parent.parent.joinpath(*place)
+    return read_result(folder) | dict(folder=folder)
 
 # %% ../../nbs/lab/13_reports.ipynb #e80b7c70
 @dataclass(frozen=True)
@@ -214,13 +220,27 @@ def picture(
     "Take the first picture under a heading of a run's notebook. Raises `ValueError` if none is."
     from IPython.display import Image
 
-    cells = json.loads((Path(folder) / 'notebook.ipynb').read_text(encoding='utf-8'))['cells']
+    file = Path(folder) / 'notebook.ipynb'
+    try:
+        cells = json.loads(read_whole(file))['cells']
+        found = next(_pictures_under(cells, heading), None)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        raise BadFile(f'{file} is not a whole notebook ({e}): run it again with --force') from None
+    if found is None:
+        raise ValueError(f'{file} has no picture under a heading with {heading!r}')
+    png, width = found
+    return Image(png, width=width)
+
+
+def _pictures_under(cells, heading):
+    "The pictures under a heading of a notebook: bytes, and the width that is asked for."
     under = False
     for cell in cells:
         text = ''.join(cell['source']) if cell['cell_type'] == 'markdown' else ''
         under = under or bool(re.search(rf'^#.*{re.escape(heading)}', text, re.M))
         for output in cell.get('outputs', []) if under else []:
-            if png := output.get('data', {}).get('image/png'):
-                width = output['metadata'].get('image/png', {}).get('width')
-                return Image(base64.b64decode(''.join(png)), width=width)
-    raise ValueError(f'{folder}/notebook.ipynb has no picture under a heading with {heading!r}')
+            if text := output.get('data', {}).get('image/png'):
+                png = base64.b64decode(''.join(text))
+                if not png.startswith(b'\x89PNG'):
+                    raise ValueError('a picture is no PNG')
+                yield png, output.get('metadata', {}).get('image/png', {}).get('width')

@@ -23,7 +23,8 @@ from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from ..data.files import BadFile, atomic, read_json, seal, unseal, write_json
+from ..data.files import BadFile, atomic, check_form, read_json, read_whole, seal, unseal
+from ..data.files import write_json
 from ..data.banks import as_os_error
 
 # %% ../../nbs/training/01_checkpoints.ipynb #360ae3ca
@@ -80,7 +81,7 @@ def _digest_of(tensors):
     h = hashlib.sha256()
     for k, v in sorted(tensors.items()):
         h.update(f'{k}|{v.dtype}|{tuple(v.shape)}'.encode())
-        h.update(v.contiguous().numpy().tobytes())
+        h.update(v.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 
@@ -125,19 +126,19 @@ def read_tensors(
     "Read such a file and check every byte of it. Raises `BadFile`."
     kind = format.split()[1]
     try:
-        content = Path(path).read_bytes()  # at once: it may be replaced while it is read
+        content = read_whole(path)  # at once: it may be replaced while it is read
         tensors = load(content)
         head = json.loads(_metadata(content).get(key, '{}'))
         if head:
             head = unseal(head, 'its header')
-    except (SafetensorError, ValueError, OSError) as e:
-        raise BadFile(f'{path} is not a whole {kind} ({e})') from e
+    except (SafetensorError, ValueError, LookupError, OSError, RecursionError) as e:
+        raise BadFile(f'{path} is not a whole {kind} ({e!s:.200})') from e
     if not head:
         raise BadFile(f'{path} is not a {kind}')
     if head.get('format') != format:
         found = head.get('format')
         raise BadFile(f'{path} is a {found!r}: this version of the package reads {format!r}')
-    if head['tensors'] != _digest_of(tensors):
+    if head.get('tensors') != _digest_of(tensors):
         raise BadFile(f'{path}: its tensors are not what was stored')
     return head, tensors
 
@@ -145,7 +146,7 @@ def read_tensors(
 def _metadata(content):
     "The texts in the header of a safetensors file: its length in eight bytes, then JSON."
     size = int.from_bytes(content[:8], 'little')
-    return json.loads(content[8 : 8 + size]).get('__metadata__', {})
+    return json.loads(content[8 : 8 + size]).get('__metadata__') or {}
 
 # %% ../../nbs/training/01_checkpoints.ipynb #86eda38d
 def save_checkpoint(
@@ -193,19 +194,34 @@ def read_checkpoint(
         raise BadCheckpoint(f'{e}: delete it to start anew') from e
     return head, tensors
 
-
+# %% ../../nbs/training/01_checkpoints.ipynb #d9e41c61
 _HEAD = dict(config=dict, iteration=int, history=list, pending=list, seconds=float, kept=list)
+_NUMBER = float | int
+_ROW = dict(iteration=int, loss=_NUMBER, accuracy=_NUMBER, lr=_NUMBER, seconds=_NUMBER)
+_ROW |= dict(val_accuracy=_NUMBER | None, val_loss=_NUMBER | None)
 
 
 def _check_head(path, head):
     "Refuse a header that lacks something, or has it in another type. Raises `BadFile`."
-    for name, kind in _HEAD.items():
-        if name not in head:
-            raise BadFile(f'{path}: its header has no {name!r}')
-        if not isinstance(head[name], kind):
-            raise BadFile(f'{path}: its header has {name}={head[name]!r:.60}, no {kind.__name__}')
-    if any(not isinstance(one, list) or len(one) != 2 for one in head['kept']):
-        raise BadFile(f'{path}: its header has kept={head["kept"]!r:.60}, no list of pairs')
+    where = f'{path}: its header'
+    check_form(head, _HEAD, where)
+    for row in head['history']:
+        if not isinstance(row, dict):
+            raise BadFile(f'{where} has history={head["history"]!r:.60}, no list of rows')
+        check_form(row, _ROW, f'{where}, in its history,')
+    for name in 'pending', 'kept':
+        if not all(_is_pair(one) for one in head[name]):
+            raise BadFile(f'{where} has {name}={head[name]!r:.60}, no list of pairs')
+    if not 0 <= head['iteration'] < 2**53:
+        raise BadFile(f'{where} has iteration={head["iteration"]}, no number of iterations')
+
+
+def _is_pair(value):
+    "Whether it is a list of two numbers."
+    return isinstance(value, list) and list(map(type, value)) in _PAIRS
+
+
+_PAIRS = [[a, b] for a in (int, float) for b in (int, float)]
 
 # %% ../../nbs/training/01_checkpoints.ipynb #24dbf2a9
 def under_prefix(
@@ -329,7 +345,7 @@ def read_progress(
 ) -> dict:
     "Return what was noted for whoever looks on; empty if there is nothing, or half of it."
     try:
-        return read_json(Path(folder) / '.progress.json')
+        return read_json(Path(folder) / '.progress.json', dict(told=int | None))
     except (BadFile, OSError):
         return {}
 

@@ -45,7 +45,7 @@ class _Loop:
         self.folder = folder  # of the checkpoint; none: nothing is written
         self.config = config
         self.hook = hook  # the user's `log`; none: rows are handed to nobody
-        self.told = read_progress(folder).get('told', 0) if folder else 0  # last row it got
+        self.told = (read_progress(folder).get('told') or 0) if folder else 0  # last row it got
         self.news = None  # a row that it shall get
         self.ranks = Ranks()
         self.params = list(run.learner.theta.values())
@@ -311,7 +311,8 @@ def _continue(run, folder, settings, config):
     "Take over a checkpoint, perhaps of a run of another length. Raises `BadCheckpoint`."
     head, _ = read_checkpoint(folder)
     there = head['config']
-    if there | dict(iterations=settings.iterations) == config:
+    length = there.get('iterations')
+    if type(length) is int and there | dict(iterations=settings.iterations) == config:
         _check_length(run.learner, settings, folder, there['iterations'], head['iteration'])
         config = there
     load_checkpoint(run, folder, config)
