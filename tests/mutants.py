@@ -1,0 +1,471 @@
+"""Small faults, one at a time, in the rooms that must not lose a result: which does no test find?
+
+`make mutants` makes each mutant in a copy of the repository and runs the tests that reach its line,
+the quickest first; what no test finds is printed. `--write FILE` keeps outcomes, and goes on there.
+Docstrings, annotations, decorators, texts, the words of errors and what draws are left alone.
+"""
+
+import argparse, ast, compileall, contextlib, copy, importlib, itertools, json
+import os, resource, shutil, signal, subprocess, sys, tempfile, threading, time
+from functools import partial
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# imported once, before the forks; not ours
+PRELOADED = 'torch numpy pandas matplotlib.pyplot papermill nbclient nbformat hypothesis'.split()
+PRELOADED += 'yaml filelock safetensors.torch submitit fastcore.all torchvision'.split()
+# the tests of a room, the nearest first
+TESTS = {
+    'data.files': 'files properties downloads reliability data again',
+    'data.banks': 'data properties episodes augment cifar_and_tiered reliability fuzz',
+    'lab.runs': 'again runs batches command reliability',
+    'lab.states': 'again batches runs',
+    'training.checkpoints': 'training saving fuzz properties reliability',
+}
+# what takes long or needs what is not everywhere
+LEFT_OUT = 'random_moments slurm real smoke wheel bare same_bytes many_processes another_process'
+LEFT_OUT += ' interrupted_experiment lacks_characters by_its_name_alone little_memory no_batch_file'
+LEFT_OUT = ' or '.join(LEFT_OUT.split())
+LEAST = 20  # seconds that a test may take at least
+
+COMPARED = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+COUNTED = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
+    ast.FloorDiv: ast.Mult, ast.Mod: ast.Add, ast.LShift: ast.RShift, ast.RShift: ast.LShift,
+}  # fmt: skip
+TRUE, FALSE = ast.Constant(True), ast.Constant(False)
+
+
+# --- mutants
+def changed(node, **fields):
+    "A copy of a node with other fields."
+    new = copy.copy(node)
+    vars(new).update(fields)
+    return new
+
+
+def without(sequence):
+    "The sequence without each of its members."
+    return [sequence[:i] + sequence[i + 1 :] for i in range(len(sequence))]
+
+
+def of_expression(node):
+    "What stands in the place of an expression."
+    match node:
+        case ast.Compare(ops=[op]):
+            return [changed(node, ops=[COMPARED[type(op)]()])]
+        case ast.BoolOp(op=op, values=values):
+            other = ast.Or() if isinstance(op, ast.And) else ast.And()
+            fewer = [v[0] if len(v) == 1 else changed(node, values=v) for v in without(values)]
+            return [changed(node, op=other), *fewer]
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return [operand]
+        case ast.Constant(value=bool(value)):
+            return [ast.Constant(not value)]
+        case ast.Constant(value=int(value) | float(value)):
+            return [ast.Constant(value + 1), ast.Constant(value - 1)]
+        case ast.BinOp(op=ast.BitOr(), left=left, right=right):
+            return [left, right, changed(node, left=right, right=left)]
+        case ast.BinOp(op=ast.Div(), right=ast.Constant(value=str()) | ast.JoinedStr()):
+            return []  # of a path
+        case ast.BinOp(op=op) if type(op) in COUNTED:
+            return [changed(node, op=COUNTED[type(op)]())]
+        case ast.IfExp(body=body, orelse=orelse):
+            return [body, orelse]
+        case ast.Call(args=[one, two]) if not isinstance(two, ast.Starred | ast.GeneratorExp):
+            return [changed(node, args=[two, one])]
+    return []
+
+
+def of_statement(node):
+    "What stands in the place of a statement."
+    match node:
+        case ast.Expr(value=ast.Call()) | ast.Raise() | ast.Break() | ast.Continue():
+            return [ast.Pass()]
+        case ast.Return(value=ast.expr() as value) if ast.unparse(value) != 'None':
+            return [ast.Return(None)]
+        case ast.AugAssign(target=target, value=value):
+            return [ast.Assign([target], value, lineno=node.lineno), ast.Pass()]
+        case ast.If(test=test):
+            return [changed(node, test=value) for value in (TRUE, FALSE)]
+        case ast.While():
+            return [changed(node, test=FALSE)]
+    return []
+
+
+def of_others(node):
+    "The same of what is neither: a condition dropped, one exception less."
+    match node:
+        case ast.comprehension(ifs=ifs):
+            return [changed(node, ifs=fewer) for fewer in without(ifs)]
+        case ast.ExceptHandler(type=ast.Tuple(elts=elts) as kinds):
+            return [changed(node, type=changed(kinds, elts=fewer)) for fewer in without(elts)]
+    return []
+
+
+def is_drawing(node):
+    "Whether a function draws."
+    return isinstance(node, ast.FunctionDef) and 'plt' in {
+        alias.asname for n in ast.walk(node) if isinstance(n, ast.Import) for alias in n.names
+    }
+
+
+def fields_of(node):
+    "The fields of a node that are looked into."
+    left_alone = {'annotation', 'returns', 'decorator_list'}
+    match node:
+        case ast.Raise() | ast.Constant() | ast.ImportFrom() | ast.Import():
+            return []
+        case ast.Call(func=ast.Attribute(value=ast.Name(id='warnings'))):
+            return []
+        case ast.Assign(targets=[ast.Name(id='__all__')]):
+            return []
+    return [field for field in node._fields if field not in left_alone and not is_drawing(node)]
+
+
+def sites(node, statement=None):
+    "Every (holder, key, node, statement) under a node: `holder[key]` is the node."
+    if isinstance(node, ast.stmt):
+        statement = node
+    for field in fields_of(node):
+        value = getattr(node, field)
+        held = enumerate(value) if isinstance(value, list) else [(field, value)]
+        for key, child in held:
+            if isinstance(child, ast.AST):
+                holder = value if isinstance(value, list) else vars(node)
+                inner = child if isinstance(child, ast.stmt) else statement
+                yield holder, key, child, inner
+                yield from sites(child, statement)
+
+
+def lines_of(statement):
+    "The lines whose run shows that a statement is reached: of a function, its body's."
+    body = getattr(statement, 'body', None)
+    if not body or isinstance(statement, ast.FunctionDef | ast.ClassDef):
+        return range(statement.lineno, statement.end_lineno + 1)
+    return range(statement.lineno, max(body[0].lineno, statement.lineno + 1))
+
+
+def said(node):
+    "A node in a line, without what stands in it."
+    if hasattr(node, 'body') and not isinstance(node, ast.IfExp | ast.Lambda):
+        node = changed(node, body=[], orelse=[])
+    text = ' '.join(ast.unparse(node).split())
+    return text if len(text) <= 70 else f'{text[:69]}…'
+
+
+def mutants_of(room, package):
+    "Map what a mutant is to its lines and to what makes its source."
+    tree = ast.parse((package / room_file(room)).read_text())
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    inside = set().union(*(range(f.lineno, f.end_lineno + 1) for f in functions))
+    found = {}
+    for holder, key, node, statement in sites(tree):
+        kind = {ast.stmt: of_statement, ast.expr: of_expression}
+        makes = next((f for base, f in kind.items() if isinstance(node, base)), of_others)
+        for new in makes(node):
+            name = f'{room}:{statement.lineno}: {said(node)} → {said(new)}'
+            while name in found:
+                name += ' (again)'
+            lines = lines_of(statement) if statement.lineno in inside else inside
+            found[name] = room, set(lines), partial(source_of, tree, holder, key, new)
+    return found
+
+
+def source_of(tree, holder, key, new):
+    "The source of a mutant."
+    old, holder[key] = holder[key], new
+    try:
+        return ast.unparse(ast.fix_missing_locations(tree))
+    finally:
+        holder[key] = old
+
+
+# --- copies of the repository
+def copied(folder):
+    "Copy what tests need, so that processes which they start see the mutant, too."
+    skip, repo = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'), folder / 'repo'
+    for name in ('fewshotmeta', 'tests', 'nbs'):
+        shutil.copytree(ROOT / name, repo / name, ignore=skip)
+    for name in ('runs', '.github', 'README.md', 'Makefile', 'pyproject.toml', 'settings.ini'):
+        (repo / name).symlink_to(ROOT / name)
+    with contextlib.suppress(OSError):  # without git
+        git = ['git', '-c', 'user.name=x', '-c', 'user.email=x', '-C', str(repo)]
+        for command in (['init', '-q'], ['add', '.'], ['commit', '-qm', 'x']):
+            subprocess.run([*git, *command], stderr=subprocess.DEVNULL)
+    compileall.compile_dir(repo / 'fewshotmeta', quiet=2)
+    for room in TESTS:
+        wing, name = room.split('.')
+        for compiled in (repo / 'fewshotmeta' / wing / '__pycache__').glob(f'{name}.*'):
+            compiled.unlink()
+
+
+def renewed(folder, cache):
+    "Leave a copy as it was: no processes, mounts, files; the cache as after the unmutated tests."
+    mark = f'FEWSHOTMETA_CACHE={folder}/'.encode()
+    for environ in Path('/proc').glob('[0-9]*/environ'):
+        with contextlib.suppress(OSError):
+            if mark in environ.read_bytes():
+                os.kill(int(environ.parent.name), signal.SIGKILL)
+    for line in Path('/proc/mounts').read_text().splitlines():
+        if line.split()[1].startswith(f'{folder}/'):
+            subprocess.run(['umount', '-l', line.split()[1]])
+    for name in ('tmp', 'cache', 'home'):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / 'home').mkdir()
+    shutil.copytree(cache, folder / 'cache')
+
+
+# --- tests, in a fork
+class Watched:
+    "A plugin of pytest: which tests are run, until when, how they end, what lines they reach."
+
+    def __init__(self, folder, chosen=None, seconds=None, rooms=None, part=slice(None)):
+        self.folder, self.chosen, self.seconds, self.part = folder, chosen, seconds or {}, part
+        self.files = {str(folder / 'repo' / 'fewshotmeta' / room_file(r)): r for r in rooms or ()}
+        self.found, self.lines = {}, set()
+
+    def pytest_collection_modifyitems(self, items):
+        if self.chosen is not None:
+            place = {name: i for i, name in enumerate(self.chosen)}
+            items[:] = sorted((i for i in items if i.nodeid in place), key=self.place_in(place))
+        items[:] = items[self.part]
+
+    def place_in(self, place):
+        def place_of(item):
+            return place[item.nodeid]
+
+        return place_of
+
+    def pytest_runtest_logstart(self, nodeid):
+        limit = LEAST + 10 * self.seconds.get(nodeid, 10)
+        (self.folder / 'until').write_text(str(time.time() + limit))
+        self.lines.clear()
+
+    def pytest_runtest_logreport(self, report):
+        one = self.found.setdefault(report.nodeid, dict(seconds=0, passed=True))
+        one['seconds'] += report.duration
+        one['passed'] &= report.passed
+
+    def pytest_runtest_logfinish(self, nodeid):
+        reached = {room: [] for room in self.files.values()}
+        for room, line in sorted(self.lines):
+            reached[room].append(line)
+        self.found[nodeid]['lines'] = reached
+
+    def trace(self, frame, event, arg):
+        "For `sys.settrace`: follow the frames of the rooms alone."
+        return self.trace_line if frame.f_code.co_filename in self.files else None
+
+    def trace_line(self, frame, event, arg):
+        self.lines.add((self.files[frame.f_code.co_filename], frame.f_lineno))
+        return self.trace_line
+
+
+def room_file(room):
+    return room.replace('.', '/') + '.py'
+
+
+def begin(folder, files, plugin, *options):
+    "Run tests in a fork; its process id. It ends as pytest does."
+    (folder / 'until').write_text(str(time.time() + 120))
+    if pid := os.fork():
+        return pid
+    os.setsid()
+    repo = folder / 'repo'
+    os.chdir(repo)
+    said = os.open(folder / 'said', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    above = [p for p in os.environ.get('PYTHONPATH', '').split(os.pathsep) if p != str(ROOT)]
+    os.environ['PYTHONPATH'] = os.pathsep.join([str(repo), *filter(None, above)])
+    os.environ |= dict(FEWSHOTMETA_CACHE=f'{folder}/cache', PYTHONDONTWRITEBYTECODE='1')
+    os.environ |= dict(HOME=f'{folder}/home', FEWSHOTMETA_WORKERS='1')
+    os.environ.pop('FEWSHOTMETA_DATA', None)
+    sys.dont_write_bytecode = True
+    ours = str(ROOT), str(ROOT / 'tests')
+    sys.path[:] = [str(repo), *(p for p in sys.path if p not in ours)]
+    if plugin.files:
+        threading.settrace(plugin.trace)
+        sys.settrace(plugin.trace)
+    files = [f'tests/test_{name}.py' for name in files]
+    quiet = ['-q', '-p', 'no:cacheprovider', '-o', 'addopts=', f'--basetemp={folder}/tmp']
+    code = 70
+    with contextlib.suppress(BaseException):
+        code = int(pytest.main([*files, *quiet, '-k', f'not ({LEFT_OUT})', *options], [plugin]))
+        sys.settrace(None)
+        package = Path(sys.modules['fewshotmeta'].__file__).parent
+        assert package == repo / 'fewshotmeta', package
+        if plugin.files:
+            (folder / 'found').write_text(json.dumps(plugin.found))
+    os._exit(code)
+
+
+def pool(folders, tasks, end):
+    "Begin tasks, one a folder at a time; `end(folder, task, code)` gets each, None: too long."
+    free, running = list(folders), {}
+    tasks = iter(tasks)
+    for task in itertools.chain(tasks, itertools.repeat(None)):
+        while not free or task is None and running:
+            for pid, (folder, its) in list(running.items()):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done or time.time() > float((folder / 'until').read_text() or 'inf'):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(pid, signal.SIGKILL)
+                    if not done:
+                        os.waitpid(pid, 0)
+                    end(folder, its, os.waitstatus_to_exitcode(status) if done else None)
+                    free.append(running.pop(pid)[0])
+            time.sleep(0.02)
+        if task is None:
+            return
+        folder = free.pop()
+        running[task(folder)] = folder, task
+
+
+class Mutation:
+    "The tests without mutants, then the mutants, and what is known of both."
+
+    def __init__(self, folder, options):
+        self.options, self.cache = options, folder / 'cache'
+        self.folders = [folder / f'copy{i}' for i in range(options.workers)]
+        stored = options.write and options.write.exists()
+        self.known = json.loads(options.write.read_text()) if stored else {}
+        self.tests = self.known.setdefault('tests', {})
+        self.outcomes = self.known.setdefault('mutants', {})
+        self.stored = 0
+        self.cache.mkdir()
+        for place in self.folders:
+            copied(place)
+            renewed(place, self.cache)
+
+    def store(self, every=0):
+        if self.options.write and time.time() > self.stored + every:
+            new = self.options.write.with_suffix('.partial')
+            new.write_text(json.dumps(self.known, indent=1, ensure_ascii=False))
+            new.replace(self.options.write)
+            self.stored = time.time()
+
+    def look(self):
+        "Run every file of tests as it is: what passes, how long, what it reaches."
+        rooms = self.options.room or list(TESTS)
+        names = dict.fromkeys(name for room in rooms for name in TESTS[room].split())
+        parts = 1 + self.options.workers // 3
+        parted = [f'{name} {i} {parts}' for name in names for i in range(parts)]
+        looked = self.known.setdefault('looked', [])
+        tasks = [partial(self.begin_look, one) for one in parted if one not in looked]
+        pool(self.folders, tasks, self.end_look)
+        failed = [test for test, found in self.tests.items() if not found['passed']]
+        print(f'{len(self.tests) - len(failed)} tests pass; left out, as they do not:', *failed)
+
+    def begin_look(self, parted, folder):
+        name, first, step = parted.split()
+        part = slice(int(first), None, int(step))
+        return begin(folder, [name], Watched(folder, rooms=TESTS, part=part))
+
+    def end_look(self, folder, task, code):
+        path = folder / 'found'
+        if not path.exists():
+            text = (folder / 'said').read_text(errors='replace')[-2000:]
+            return print(f'no tests of {task.args[0]} are used (exit {code}): {text}')
+        self.tests |= json.loads(path.read_text())
+        self.known['looked'].append(task.args[0])
+        print(f'{task.args[0]}: {len(self.tests)} tests', flush=True)
+        path.unlink()
+        shutil.copytree(folder / 'cache', self.cache, dirs_exist_ok=True)
+        self.store()
+
+    def tests_of(self, room, lines):
+        "The tests that reach one of the lines, the quickest of the nearest first, up to a limit."
+        files = [f'tests/test_{name}.py' for name in TESTS[room].split()]
+        reach = []
+        for name, found in self.tests.items():
+            file = name.split('::')[0]
+            if file in files and found['passed'] and not lines.isdisjoint(found['lines'][room]):
+                reach.append((files.index(file), found['seconds'], name))
+        chosen, spent = [], 0
+        for _, seconds, name in sorted(reach):
+            spent += seconds
+            if not chosen or spent < self.options.seconds:
+                chosen.append(name)
+        return chosen
+
+    def try_all(self):
+        "Run the tests of every mutant, a room's after another's."
+        rooms = [mutants_of(room, ROOT / 'fewshotmeta') for room in self.options.room or TESTS]
+        in_turn = itertools.chain(*itertools.zip_longest(*(r.items() for r in rooms)))
+        made = dict(list(filter(None, in_turn))[:: self.options.every])
+        tasks = []
+        for name, (room, lines, source) in made.items():
+            chosen = self.tests_of(room, lines)
+            if not chosen:
+                self.outcomes[name] = 'not reached'
+            elif name not in self.outcomes:
+                tasks.append(partial(self.begin_mutant, name, room, source, chosen))
+        self.begun, self.all = 0, len(tasks)
+        pool(self.folders, tasks, self.end_mutant)
+        self.store()
+        return made
+
+    def begin_mutant(self, name, room, source, chosen, folder):
+        renewed(folder, self.cache)
+        (folder / 'repo' / 'fewshotmeta' / room_file(room)).write_text(source())
+        seconds = {test: self.tests[test]['seconds'] for test in chosen}
+        files = dict.fromkeys(Path(c.split('::')[0]).stem.removeprefix('test_') for c in chosen)
+        return begin(folder, files, Watched(folder, chosen, seconds), '-x')
+
+    def end_mutant(self, folder, task, code):
+        name, room = task.args[:2]
+        outcome = {0: 'survived', None: 'killed by time'}.get(code, 'killed')
+        self.outcomes[name] = outcome
+        self.begun += 1
+        if outcome == 'survived':
+            print(f'{self.begun}/{self.all} {outcome}: {name}', flush=True)
+        file = Path('fewshotmeta') / room_file(room)
+        shutil.copy(ROOT / file, folder / 'repo' / file)
+        self.store(every=5)
+
+
+def report(outcomes):
+    "Print the score of each room, and who survived."
+    for room in TESTS:
+        found = {name: o for name, o in outcomes.items() if name.startswith(f'{room}:')}
+        killed = [o for o in found.values() if o.startswith('killed')]
+        if found:
+            print(f'{room}: {len(killed)} of {len(found)} killed')
+    for name, outcome in outcomes.items():
+        if not outcome.startswith('killed'):
+            print(f'{outcome}: {name}')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--workers', type=int, default=2)
+    parser.add_argument('--every', type=int, default=1, help='each how manyeth mutant')
+    parser.add_argument('--room', action='append', choices=TESTS)
+    parser.add_argument('--write', type=Path, help='a JSON file, which is gone on with')
+    parser.add_argument('--seconds', type=float, default=30, help='of tests a mutant at most')
+    options = parser.parse_args()
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    sys.modules.setdefault('rfc3987_syntax', None)
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    os.environ.setdefault('MPLCONFIGDIR', sys.modules['matplotlib'].get_configdir())
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        mutation = Mutation(Path(folder), options)
+        mutation.look()
+        made = mutation.try_all()
+        for place in mutation.folders:
+            renewed(place, mutation.cache)
+    report({name: mutation.outcomes[name] for name in made})
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f'{used.ru_utime + used.ru_stime:.0f} s of computing')
+
+
+if __name__ == '__main__':
+    main()
