@@ -37,6 +37,7 @@ COUNTED = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
     ast.FloorDiv: ast.Mult, ast.Mod: ast.Add, ast.LShift: ast.RShift, ast.RShift: ast.LShift,
 }  # fmt: skip
+AS_IT_IS = 'as it is'  # must survive
 TRUE, FALSE = ast.Constant(True), ast.Constant(False)
 
 
@@ -163,7 +164,7 @@ def mutants_of(room, package):
     tree = ast.parse((package / room_file(room)).read_text())
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     inside = set().union(*(range(f.lineno, f.end_lineno + 1) for f in functions))
-    found = {}
+    found = {f'{room}: {AS_IT_IS}': (room, inside, partial(ast.unparse, tree))}
     for holder, key, node, statement in sites(tree):
         kind = {ast.stmt: of_statement, ast.expr: of_expression}
         makes = next((f for base, f in kind.items() if isinstance(node, base)), of_others)
@@ -397,8 +398,8 @@ class Mutation:
     def try_all(self):
         "Run the tests of every mutant, a room's after another's."
         rooms = [mutants_of(room, ROOT / 'fewshotmeta') for room in self.options.room or TESTS]
-        in_turn = itertools.chain(*itertools.zip_longest(*(r.items() for r in rooms)))
-        made = dict(list(filter(None, in_turn))[:: self.options.every])
+        some = [list(room.items())[:: self.options.every] for room in rooms]
+        made = dict(filter(None, itertools.chain(*itertools.zip_longest(*some))))
         tasks = []
         for name, (room, lines, source) in made.items():
             chosen = self.tests_of(room, lines)
@@ -423,7 +424,7 @@ class Mutation:
         outcome = {0: 'survived', None: 'killed by time'}.get(code, 'killed')
         self.outcomes[name] = outcome
         self.begun += 1
-        if outcome == 'survived':
+        if outcome == 'survived' or name.endswith(AS_IT_IS):
             print(f'{self.begun}/{self.all} {outcome}: {name}', flush=True)
         file = Path('fewshotmeta') / room_file(room)
         shutil.copy(ROOT / file, folder / 'repo' / file)
@@ -432,6 +433,7 @@ class Mutation:
 
 def report(outcomes):
     "Print the score of each room, and who survived."
+    outcomes = {name: o for name, o in outcomes.items() if not name.endswith(AS_IT_IS)}
     for room in TESTS:
         found = {name: o for name, o in outcomes.items() if name.startswith(f'{room}:')}
         killed = [o for o in found.values() if o.startswith('killed')]
