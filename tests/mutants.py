@@ -17,11 +17,11 @@ PRELOADED = 'torch numpy pandas matplotlib.pyplot papermill nbclient nbformat hy
 PRELOADED += 'yaml filelock safetensors.torch submitit fastcore.all torchvision'.split()
 # the tests of a room, the nearest first
 TESTS = {
-    'data.files': 'files properties downloads reliability data again',
-    'data.banks': 'data properties episodes augment cifar_and_tiered reliability fuzz',
-    'lab.runs': 'again runs batches command reliability',
-    'lab.states': 'again batches runs',
-    'training.checkpoints': 'training saving fuzz properties reliability',
+    'data.files': 'files pages properties downloads reliability data again',
+    'data.banks': 'data pages properties episodes augment cifar_and_tiered reliability fuzz',
+    'lab.runs': 'again runs batches pages command reliability',
+    'lab.states': 'again pages batches runs',
+    'training.checkpoints': 'training pages saving fuzz properties reliability',
 }
 # what takes long or needs what is not everywhere
 LEFT_OUT = 'random_moments slurm real smoke wheel bare same_bytes many_processes another_process'
@@ -192,7 +192,8 @@ def copied(folder):
     skip, repo = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'), folder / 'repo'
     for name in ('fewshotmeta', 'tests', 'nbs'):
         shutil.copytree(ROOT / name, repo / name, ignore=skip)
-    for name in ('runs', '.github', 'README.md', 'Makefile', 'pyproject.toml', 'settings.ini'):
+    (repo / 'runs').mkdir()
+    for name in ('README.md', 'Makefile', 'pyproject.toml', 'settings.ini'):
         (repo / name).symlink_to(ROOT / name)
     with contextlib.suppress(OSError):  # without git
         git = ['git', '-c', 'user.name=x', '-c', 'user.email=x', '-C', str(repo)]
@@ -271,6 +272,10 @@ def room_file(room):
     return room.replace('.', '/') + '.py'
 
 
+def test_file(name):
+    return f'tests/{"" if name == "pages" else "test_"}{name}.py'
+
+
 def begin(folder, files, plugin, *options):
     "Run tests in a fork; its process id. It ends as pytest does."
     (folder / 'until').write_text(str(time.time() + 120))
@@ -293,11 +298,11 @@ def begin(folder, files, plugin, *options):
     if plugin.files:
         threading.settrace(plugin.trace)
         sys.settrace(plugin.trace)
-    files = [f'tests/test_{name}.py' for name in files]
     quiet = ['-q', '-p', 'no:cacheprovider', '-o', 'addopts=', f'--basetemp={folder}/tmp']
     code = 70
     with contextlib.suppress(BaseException):
-        code = int(pytest.main([*files, *quiet, '-k', f'not ({LEFT_OUT})', *options], [plugin]))
+        quiet += ['-k', f'not ({LEFT_OUT})', *options]
+        code = int(pytest.main([*map(test_file, files), *quiet], [plugin]))
         sys.settrace(None)
         package = Path(sys.modules['fewshotmeta'].__file__).parent
         assert package == repo / 'fewshotmeta', package
@@ -382,7 +387,7 @@ class Mutation:
 
     def tests_of(self, room, lines):
         "The tests that reach one of the lines, the quickest of the nearest first, up to a limit."
-        files = [f'tests/test_{name}.py' for name in TESTS[room].split()]
+        files = [test_file(name) for name in TESTS[room].split()]
         reach = []
         for name, found in self.tests.items():
             file = name.split('::')[0]
@@ -416,7 +421,8 @@ class Mutation:
         renewed(folder, self.cache)
         (folder / 'repo' / 'fewshotmeta' / room_file(room)).write_text(source())
         seconds = {test: self.tests[test]['seconds'] for test in chosen}
-        files = dict.fromkeys(Path(c.split('::')[0]).stem.removeprefix('test_') for c in chosen)
+        held = {test.split('::')[0] for test in chosen}
+        files = [name for name in TESTS[room].split() if test_file(name) in held]
         return begin(folder, files, Watched(folder, chosen, seconds), '-x')
 
     def end_mutant(self, folder, task, code):
@@ -450,7 +456,7 @@ def main():
     parser.add_argument('--every', type=int, default=1, help='each how manyeth mutant')
     parser.add_argument('--room', action='append', choices=TESTS)
     parser.add_argument('--write', type=Path, help='a JSON file, which is gone on with')
-    parser.add_argument('--seconds', type=float, default=30, help='of tests a mutant at most')
+    parser.add_argument('--seconds', type=float, default=60, help='of tests a mutant at most')
     options = parser.parse_args()
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     sys.modules.setdefault('rfc3987_syntax', None)
