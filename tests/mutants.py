@@ -1,15 +1,16 @@
-"""Small faults, one at a time, in the rooms that must not lose a result: which does no test find?
+"""Mutants of the rooms that must not lose a result: the small faults that no test finds.
 
 `make mutants` makes each mutant in a copy of the repository and runs the tests that reach its line,
-the quickest first; what no test finds is printed. `--write FILE` keeps outcomes, and goes on there.
-Docstrings, annotations, decorators, texts, the words of errors and what draws are left alone.
+the quickest of the nearest files first. `--write FILE` keeps the outcomes and goes on from them;
+with `--again` those that survived are tried once more. The faults are in mutations.py.
 """
 
-import argparse, ast, compileall, contextlib, copy, importlib, itertools, json
+import argparse, compileall, contextlib, importlib, itertools, json
 import os, resource, shutil, signal, subprocess, sys, tempfile, threading, time
 from functools import partial
 from pathlib import Path
 import pytest
+from mutations import AS_IT_IS, mutants_of, room_file
 
 ROOT = Path(__file__).parent.parent
 # imported once, before the forks; not ours
@@ -28,162 +29,6 @@ LEFT_OUT = 'random_moments slurm real smoke wheel bare same_bytes many_processes
 LEFT_OUT += ' interrupted_experiment lacks_characters by_its_name_alone little_memory no_batch_file'
 LEFT_OUT = ' or '.join(LEFT_OUT.split())
 LEAST = 20  # seconds that a test may take at least
-
-COMPARED = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
-}  # fmt: skip
-COUNTED = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
-    ast.FloorDiv: ast.Mult, ast.Mod: ast.Add, ast.LShift: ast.RShift, ast.RShift: ast.LShift,
-}  # fmt: skip
-AS_IT_IS = 'as it is'  # must survive
-TRUE, FALSE = ast.Constant(True), ast.Constant(False)
-
-
-# --- mutants
-def changed(node, **fields):
-    "A copy of a node with other fields."
-    new = copy.copy(node)
-    vars(new).update(fields)
-    return new
-
-
-def without(sequence):
-    "The sequence without each of its members."
-    return [sequence[:i] + sequence[i + 1 :] for i in range(len(sequence))]
-
-
-def of_expression(node):
-    "What stands in the place of an expression."
-    match node:
-        case ast.Compare(ops=[op]):
-            return [changed(node, ops=[COMPARED[type(op)]()])]
-        case ast.BoolOp(op=op, values=values):
-            other = ast.Or() if isinstance(op, ast.And) else ast.And()
-            fewer = [v[0] if len(v) == 1 else changed(node, values=v) for v in without(values)]
-            return [changed(node, op=other), *fewer]
-        case ast.UnaryOp(op=ast.Not(), operand=operand):
-            return [operand]
-        case ast.Constant(value=bool(value)):
-            return [ast.Constant(not value)]
-        case ast.Constant(value=int(value) | float(value)):
-            return [ast.Constant(value + 1), ast.Constant(value - 1)]
-        case ast.BinOp(op=ast.BitOr(), left=left, right=right):
-            return [left, right, changed(node, left=right, right=left)]
-        case ast.BinOp(op=ast.Div(), right=ast.Constant(value=str()) | ast.JoinedStr()):
-            return []  # of a path
-        case ast.BinOp(op=op) if type(op) in COUNTED:
-            return [changed(node, op=COUNTED[type(op)]())]
-        case ast.IfExp(body=body, orelse=orelse):
-            return [body, orelse]
-        case ast.Call(args=[one, two]) if not isinstance(two, ast.Starred | ast.GeneratorExp):
-            return [changed(node, args=[two, one])]
-    return []
-
-
-def of_statement(node):
-    "What stands in the place of a statement."
-    match node:
-        case ast.Expr(value=ast.Call()) | ast.Raise() | ast.Break() | ast.Continue():
-            return [ast.Pass()]
-        case ast.Return(value=ast.expr() as value) if ast.unparse(value) != 'None':
-            return [ast.Return(None)]
-        case ast.AugAssign(target=target, value=value):
-            return [ast.Assign([target], value, lineno=node.lineno), ast.Pass()]
-        case ast.If(test=test):
-            return [changed(node, test=value) for value in (TRUE, FALSE)]
-        case ast.While():
-            return [changed(node, test=FALSE)]
-    return []
-
-
-def of_others(node):
-    "The same of what is neither: a condition dropped, one exception less."
-    match node:
-        case ast.comprehension(ifs=ifs):
-            return [changed(node, ifs=fewer) for fewer in without(ifs)]
-        case ast.ExceptHandler(type=ast.Tuple(elts=elts) as kinds):
-            return [changed(node, type=changed(kinds, elts=fewer)) for fewer in without(elts)]
-    return []
-
-
-def is_drawing(node):
-    "Whether a function draws."
-    return isinstance(node, ast.FunctionDef) and 'plt' in {
-        alias.asname for n in ast.walk(node) if isinstance(n, ast.Import) for alias in n.names
-    }
-
-
-def fields_of(node):
-    "The fields of a node that are looked into."
-    left_alone = {'annotation', 'returns', 'decorator_list'}
-    match node:
-        case ast.Raise() | ast.Constant() | ast.ImportFrom() | ast.Import():
-            return []
-        case ast.Call(func=ast.Attribute(value=ast.Name(id='warnings'))):
-            return []
-        case ast.Assign(targets=[ast.Name(id='__all__')]):
-            return []
-    return [field for field in node._fields if field not in left_alone and not is_drawing(node)]
-
-
-def sites(node, statement=None):
-    "Every (holder, key, node, statement) under a node: `holder[key]` is the node."
-    if isinstance(node, ast.stmt):
-        statement = node
-    for field in fields_of(node):
-        value = getattr(node, field)
-        held = enumerate(value) if isinstance(value, list) else [(field, value)]
-        for key, child in held:
-            if isinstance(child, ast.AST):
-                holder = value if isinstance(value, list) else vars(node)
-                inner = child if isinstance(child, ast.stmt) else statement
-                yield holder, key, child, inner
-                yield from sites(child, statement)
-
-
-def lines_of(statement):
-    "The lines whose run shows that a statement is reached: of a function, its body's."
-    body = getattr(statement, 'body', None)
-    if not body or isinstance(statement, ast.FunctionDef | ast.ClassDef):
-        return range(statement.lineno, statement.end_lineno + 1)
-    return range(statement.lineno, max(body[0].lineno, statement.lineno + 1))
-
-
-def said(node):
-    "A node in a line, without what stands in it."
-    if hasattr(node, 'body') and not isinstance(node, ast.IfExp | ast.Lambda):
-        node = changed(node, body=[], orelse=[])
-    text = ' '.join(ast.unparse(node).split())
-    return text if len(text) <= 70 else f'{text[:69]}…'
-
-
-def mutants_of(room, package):
-    "Map what a mutant is to its lines and to what makes its source."
-    tree = ast.parse((package / room_file(room)).read_text())
-    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
-    inside = set().union(*(range(f.lineno, f.end_lineno + 1) for f in functions))
-    found = {f'{room}: {AS_IT_IS}': (room, inside, partial(ast.unparse, tree))}
-    for holder, key, node, statement in sites(tree):
-        kind = {ast.stmt: of_statement, ast.expr: of_expression}
-        makes = next((f for base, f in kind.items() if isinstance(node, base)), of_others)
-        for new in makes(node):
-            name = f'{room}:{statement.lineno}: {said(node)} → {said(new)}'
-            while name in found:
-                name += ' (again)'
-            lines = lines_of(statement) if statement.lineno in inside else inside
-            found[name] = room, set(lines), partial(source_of, tree, holder, key, new)
-    return found
-
-
-def source_of(tree, holder, key, new):
-    "The source of a mutant."
-    old, holder[key] = holder[key], new
-    try:
-        return ast.unparse(ast.fix_missing_locations(tree))
-    finally:
-        holder[key] = old
 
 
 # --- copies of the repository
@@ -233,15 +78,9 @@ class Watched:
 
     def pytest_collection_modifyitems(self, items):
         if self.chosen is not None:
-            place = {name: i for i, name in enumerate(self.chosen)}
-            items[:] = sorted((i for i in items if i.nodeid in place), key=self.place_in(place))
+            by_name = {item.nodeid: item for item in items}
+            items[:] = [by_name[name] for name in self.chosen]
         items[:] = items[self.part]
-
-    def place_in(self, place):
-        def place_of(item):
-            return place[item.nodeid]
-
-        return place_of
 
     def pytest_runtest_logstart(self, nodeid):
         limit = LEAST + 10 * self.seconds.get(nodeid, 10)
@@ -266,10 +105,6 @@ class Watched:
     def trace_line(self, frame, event, arg):
         self.lines.add((self.files[frame.f_code.co_filename], frame.f_lineno))
         return self.trace_line
-
-
-def room_file(room):
-    return room.replace('.', '/') + '.py'
 
 
 def test_file(name):
@@ -304,8 +139,8 @@ def begin(folder, files, plugin, *options):
         quiet += ['-k', f'not ({LEFT_OUT})', *options]
         code = int(pytest.main([*map(test_file, files), *quiet], [plugin]))
         sys.settrace(None)
-        package = Path(sys.modules['fewshotmeta'].__file__).parent
-        assert package == repo / 'fewshotmeta', package
+        if not sys.modules['fewshotmeta'].__file__.startswith(f'{repo}/'):
+            code = 71
         if plugin.files:
             (folder / 'found').write_text(json.dumps(plugin.found))
     os._exit(code)
@@ -340,9 +175,10 @@ class Mutation:
         self.options, self.cache = options, folder / 'cache'
         self.folders = [folder / f'copy{i}' for i in range(options.workers)]
         stored = options.write and options.write.exists()
-        self.known = json.loads(options.write.read_text()) if stored else {}
-        self.tests = self.known.setdefault('tests', {})
-        self.outcomes = self.known.setdefault('mutants', {})
+        self.outcomes = json.loads(options.write.read_text()) if stored else {}
+        if options.again:
+            self.outcomes = {k: v for k, v in self.outcomes.items() if v.startswith('killed')}
+        self.tests = {}
         self.stored = 0
         self.cache.mkdir()
         for place in self.folders:
@@ -352,7 +188,7 @@ class Mutation:
     def store(self, every=0):
         if self.options.write and time.time() > self.stored + every:
             new = self.options.write.with_suffix('.partial')
-            new.write_text(json.dumps(self.known, indent=1, ensure_ascii=False))
+            new.write_text(json.dumps(self.outcomes, indent=1, ensure_ascii=False))
             new.replace(self.options.write)
             self.stored = time.time()
 
@@ -362,9 +198,7 @@ class Mutation:
         names = dict.fromkeys(name for room in rooms for name in TESTS[room].split())
         parts = 1 + self.options.workers // 3
         parted = [f'{name} {i} {parts}' for name in names for i in range(parts)]
-        looked = self.known.setdefault('looked', [])
-        tasks = [partial(self.begin_look, one) for one in parted if one not in looked]
-        pool(self.folders, tasks, self.end_look)
+        pool(self.folders, [partial(self.begin_look, one) for one in parted], self.end_look)
         failed = [test for test, found in self.tests.items() if not found['passed']]
         print(f'{len(self.tests) - len(failed)} tests pass; left out, as they do not:', *failed)
 
@@ -379,11 +213,9 @@ class Mutation:
             text = (folder / 'said').read_text(errors='replace')[-2000:]
             return print(f'no tests of {task.args[0]} are used (exit {code}): {text}')
         self.tests |= json.loads(path.read_text())
-        self.known['looked'].append(task.args[0])
         print(f'{task.args[0]}: {len(self.tests)} tests', flush=True)
         path.unlink()
         shutil.copytree(folder / 'cache', self.cache, dirs_exist_ok=True)
-        self.store()
 
     def tests_of(self, room, lines):
         "The tests that reach one of the lines, the quickest of the nearest first, up to a limit."
@@ -407,11 +239,12 @@ class Mutation:
         made = dict(filter(None, itertools.chain(*itertools.zip_longest(*some))))
         tasks = []
         for name, (room, lines, source) in made.items():
-            chosen = self.tests_of(room, lines)
-            if not chosen:
-                self.outcomes[name] = 'not reached'
-            elif name not in self.outcomes:
+            if name in self.outcomes:
+                continue
+            if chosen := self.tests_of(room, lines):
                 tasks.append(partial(self.begin_mutant, name, room, source, chosen))
+            else:
+                self.outcomes[name] = 'not reached'
         self.begun, self.all = 0, len(tasks)
         pool(self.folders, tasks, self.end_mutant)
         self.store()
@@ -455,7 +288,8 @@ def main():
     parser.add_argument('--workers', type=int, default=2)
     parser.add_argument('--every', type=int, default=1, help='each how manyeth mutant')
     parser.add_argument('--room', action='append', choices=TESTS)
-    parser.add_argument('--write', type=Path, help='a JSON file, which is gone on with')
+    parser.add_argument('--write', type=Path, help='a JSON file of outcomes, to go on with')
+    parser.add_argument('--again', action='store_true', help='who survived there is tried again')
     parser.add_argument('--seconds', type=float, default=60, help='of tests a mutant at most')
     options = parser.parse_args()
     os.environ.setdefault('OMP_NUM_THREADS', '1')
