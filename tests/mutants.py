@@ -1,8 +1,8 @@
 """Mutants of the rooms that must not lose a result: the small faults that no test finds.
 
 `make mutants` makes each mutant in a copy of the repository and runs the tests that reach its line,
-the quickest of the nearest files first. `--write FILE` keeps the outcomes and goes on from them;
-with `--again` those that survived are tried once more. The faults are in mutations.py.
+the quickest first. `--write FILE` keeps the outcomes and goes on from them; with `--again` those
+that survived are tried once more. The faults are in mutations.py.
 """
 
 import argparse, compileall, contextlib, importlib, itertools, json
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # imported once, before the forks; not ours
 PRELOADED = 'torch numpy pandas matplotlib.pyplot papermill nbclient nbformat hypothesis'.split()
 PRELOADED += 'yaml filelock safetensors.torch submitit fastcore.all torchvision'.split()
-# the tests of a room, the nearest first
+# the tests of a room
 TESTS = {
     'data.files': 'files pages properties downloads reliability data again',
     'data.banks': 'data pages properties episodes augment cifar_and_tiered reliability fuzz',
@@ -218,15 +218,15 @@ class Mutation:
         shutil.copytree(folder / 'cache', self.cache, dirs_exist_ok=True)
 
     def tests_of(self, room, lines):
-        "The tests that reach one of the lines, the quickest of the nearest first, up to a limit."
+        "The tests that reach one of the lines, the quickest first, up to a limit."
         files = [test_file(name) for name in TESTS[room].split()]
         reach = []
         for name, found in self.tests.items():
             file = name.split('::')[0]
             if file in files and found['passed'] and not lines.isdisjoint(found['lines'][room]):
-                reach.append((files.index(file), found['seconds'], name))
+                reach.append((found['seconds'], files.index(file), name))
         chosen, spent = [], 0
-        for _, seconds, name in sorted(reach):
+        for seconds, _, name in sorted(reach):
             spent += seconds
             if not chosen or spent < self.options.seconds:
                 chosen.append(name)
