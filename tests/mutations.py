@@ -32,6 +32,11 @@ def without(sequence):
     return [sequence[:i] + sequence[i + 1 :] for i in range(len(sequence))]
 
 
+def is_many(node):
+    "Whether it may stand at the end of arguments alone."
+    return isinstance(node, ast.Starred | ast.GeneratorExp)
+
+
 def of_expression(node):
     "What stands in the place of an expression."
     match node:
@@ -55,7 +60,7 @@ def of_expression(node):
             return [changed(node, op=COUNTED[type(op)]())]
         case ast.IfExp(body=body, orelse=orelse):
             return [body, orelse]
-        case ast.Call(args=[one, two]) if not isinstance(two, ast.Starred | ast.GeneratorExp):
+        case ast.Call(args=[one, two]) if ast.dump(one) != ast.dump(two) and not is_many(two):
             return [changed(node, args=[two, one])]
     return []
 
@@ -88,9 +93,8 @@ def of_others(node):
 
 def is_drawing(node):
     "Whether a function draws."
-    return isinstance(node, ast.FunctionDef) and 'plt' in {
-        alias.asname for n in ast.walk(node) if isinstance(n, ast.Import) for alias in n.names
-    }
+    names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return isinstance(node, ast.FunctionDef) and not names.isdisjoint({'plt', 'show_grid'})
 
 
 def fields_of(node):

@@ -13,7 +13,8 @@ from fewshotmeta.data.files import locked, read_json, write_json
 from fewshotmeta.lab.batches import Planned
 from fewshotmeta.lab.command import main
 from fewshotmeta.lab.execution import RunFailed
-from fewshotmeta.lab.locks import RunBusy, failure_record, hold_run, last_failure, marker, read_marker
+from fewshotmeta.lab.locks import RunBusy, failure_record, hold_run, last_failure, marker
+from fewshotmeta.lab.locks import read_marker
 from fewshotmeta.lab.parameters import BadParameters, default_name
 from fewshotmeta.lab.results import all_results
 from fewshotmeta.lab.runs import CodeChanged, begun_by, changed_since_begun, folder_anew, settle_run
@@ -528,8 +529,8 @@ def test_other_code_is_refused_with_the_ways_out(interrupted):
 
 
 BACK = [
-    (dict(commit='0123456789abcdef', dirty=False), 'commit 0123456789 to continue'),
-    (dict(commit='0123456789abcdef', dirty=True), 'commit 0123456789 and its uncommitted changes to'),
+    (dict(commit='0123456789ab', dirty=False), 'commit 0123456789 to continue'),
+    (dict(commit='0123456789ab', dirty=True), 'commit 0123456789 and its uncommitted changes to'),
     (dict(commit=None, dirty=None), 'the code that began it to continue'),
 ]
 
