@@ -607,7 +607,7 @@ def as_double(head, tensors):
         (said(iteration='many'), "its header has iteration='many', no int"),
         (said(kept=[3]), r'its header has kept=\[3\], no list of pairs'),
         (said(kept=[[0.5, 1, 2]]), r'its header has kept=\[\[0.5, 1, 2\]\], no list of pairs'),
-        (said(format='fewshotmeta checkpoint 1'), "checkpoint 1': this version of the package reads"),
+        (said(format='fewshotmeta checkpoint 1'), "checkpoint 1': this version of the package"),
         (said(config=None), "its header has no 'config'"),
         (said(seconds='long'), "its header has seconds='long', no float"),
     ],
