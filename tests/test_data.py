@@ -857,7 +857,12 @@ def test_a_bank_of_other_numbers_is_refused(noise_bank, tmp_path):
         load_bank(tmp_path / 'x')
 
 
-def test_a_header_that_is_no_json(noise_bank, tmp_path):
+def test_a_header_that_was_altered_or_is_no_json(noise_bank, tmp_path):
+    save_bank(noise_bank, tmp_path / 'x', {})
+    altered = (tmp_path / 'x').read_bytes().replace(b'class07', b'class70')
+    (tmp_path / 'x').write_bytes(altered)
+    with pytest.raises(BadBank, match='its header: its content is not what was stored'):
+        load_bank(tmp_path / 'x')
     save_file({'images': noise_bank.images}, tmp_path / 'x', metadata=dict(bank='{'))
     with pytest.raises(BadBank, match='x is not a whole bank'):
         load_bank(tmp_path / 'x')
