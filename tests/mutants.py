@@ -247,6 +247,8 @@ class Mutation:
                 self.outcomes[name] = 'not reached'
         self.begun, self.all = 0, len(tasks)
         pool(self.folders, tasks, self.end_mutant)
+        if not self.options.room and self.options.every == 1:  # of lines that are no more
+            self.outcomes = {name: self.outcomes[name] for name in made if name in self.outcomes}
         self.store()
         return made
 
@@ -261,9 +263,12 @@ class Mutation:
     def end_mutant(self, folder, task, code):
         name, room = task.args[:2]
         outcome = {0: 'survived', None: 'killed by time'}.get(code, 'killed')
-        self.outcomes[name] = outcome
+        if not name.endswith(AS_IT_IS):
+            self.outcomes[name] = outcome
+        elif outcome != 'survived':
+            sys.exit(f'{name} is {outcome}: ' + (folder / 'said').read_text(errors='replace'))
         self.begun += 1
-        if outcome == 'survived' or name.endswith(AS_IT_IS):
+        if outcome == 'survived':
             print(f'{self.begun}/{self.all} {outcome}: {name}', flush=True)
         file = Path('fewshotmeta') / room_file(room)
         shutil.copy(ROOT / file, folder / 'repo' / file)
@@ -272,7 +277,6 @@ class Mutation:
 
 def report(outcomes):
     "Print the score of each room, and who survived."
-    outcomes = {name: o for name, o in outcomes.items() if not name.endswith(AS_IT_IS)}
     for room in TESTS:
         found = {name: o for name, o in outcomes.items() if name.startswith(f'{room}:')}
         killed = [o for o in found.values() if o.startswith('killed')]
@@ -304,7 +308,7 @@ def main():
         made = mutation.try_all()
         for place in mutation.folders:
             renewed(place, mutation.cache)
-    report({name: mutation.outcomes[name] for name in made})
+    report({name: o for name, o in mutation.outcomes.items() if name in made})
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f'{used.ru_utime + used.ru_stime:.0f} s of computing')
 
