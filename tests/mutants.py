@@ -25,7 +25,7 @@ TESTS = {
     'training.checkpoints': 'training pages saving fuzz properties reliability',
 }
 # what takes long or needs what is not everywhere
-LEFT_OUT = 'random_moments slurm real smoke wheel bare same_bytes many_processes another_process'
+LEFT_OUT = 'random_moments slurm real smoke wheel bare same_bytes many_processes'
 LEFT_OUT += ' interrupted_experiment lacks_characters by_its_name_alone little_memory no_batch_file'
 LEFT_OUT = ' or '.join(LEFT_OUT.split())
 LEAST = 20  # seconds that a test may take at least

@@ -303,7 +303,7 @@ def test_a_further_rank_only_follows(finished, monkeypatch, capsys):
     assert 'rank 1: exp.ipynb raised' in capsys.readouterr().err
 
 
-def test_one_that_another_process_finishes_just_before_us(finished, monkeypatch):
+def test_one_that_is_finished_just_before_us(finished, monkeypatch):
     "It is theirs; where other ranks wait for ours, that is an error."
     result, hold = (folder_of(finished) / 'result.json').read_bytes(), runs_room.hold_run
 
@@ -355,7 +355,7 @@ def test_a_failure_counts_from_the_result_on(finished):
 
 
 @pytest.mark.parametrize('text', [None, '{'])
-def test_one_that_another_process_executes(finished, text):
+def test_one_that_somebody_executes(finished, text):
     "Whatever result is there; who was killed while it executed it is only named."
     runs = finished.parent / 'runs'
     if text:
@@ -375,14 +375,25 @@ def test_one_without_a_result(tmp_path):
     nb = notebook(tmp_path, PARAMETERS, *CELLS)
     assert (state(nb).kind, state(nb).note) == ('waiting', '')
     assert not (tmp_path / 'runs').exists(), 'who looks leaves nothing'
+    folder_of(nb).parent.mkdir(parents=True)
+    folder_of(nb).write_text('where a folder would be')
+    assert (state(nb).kind, state(nb).note) == ('waiting', '')
+    folder_of(nb).unlink()
     write_json(marker(tmp_path / 'runs', *PLACE), dict(pid=7, host='node1'))
     assert (state(nb).kind, state(nb).note) == ('stopped', '')
     marker(tmp_path / 'runs', *PLACE).unlink()
+    failure = dict(kind='raised', error='KeyError', when='2026')
+    write_json(folder_of(nb) / 'failed.json', failure)
+    s = state(nb)
+    assert (s.kind, s.note, s.result) == ('failed', 'raised: KeyError', failure)
     stopped(nb)
     s = state(nb, stop=True)
     assert (s.kind, s.note) == ('stopped', 'at iteration 50 of 100')
     notebook(nb.parent, PARAMETERS, *OTHER)
+    write_json(folder_of(nb) / 'failed.json', failure)
     s = state(nb, stop=True)
+    assert s.result == {}
+    (folder_of(nb) / 'failed.json').unlink()
     words = 'begun by another version of the notebook'
     assert (s.kind, s.note) == ('stopped, other code', f'at iteration 50 of 100, {words}')
     (folder_of(nb) / '.progress.json').write_text('{')
