@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import pytest
 import fewshotmeta.lab.runs as runs_room
 from conftest import full
@@ -255,8 +256,9 @@ def test_parameters_that_a_notebook_has_got_or_lost_since(finished):
 def test_a_run_by_its_parameters_alone(finished, monkeypatch):
     "Its name and its place, where neither is said; a notebook has to be there."
     (finished.parent / 'settings.ini').write_text('')
-    given = dict(x=3, scale='smoke')
+    given, start = dict(x=3, scale='smoke'), time.perf_counter()
     result = runs_room.run_notebook(finished, given, quiet=True)
+    assert 0 <= result['seconds'] <= time.perf_counter() - start + 0.01
     assert (result['experiment'], result['run']) == ('exp', default_name(given))
     assert (finished.parent / 'runs' / 'exp' / default_name(given) / 'result.json').exists()
     with pytest.raises(BadParameters, match='no notebook .*none.ipynb'):
@@ -278,6 +280,12 @@ def test_what_is_left_of_other_executions_goes(finished):
         (folder / name).unlink()
     run(finished)
     assert files(finished) == sorted([*WHOLE, 'tasks.csv'])
+
+
+def test_what_nobody_knows_is_not_continued_by_force(finished):
+    stopped(finished, force=True)
+    (anew(finished) / '.origin.json').unlink()
+    assert run(finished, force=True)['metrics']['first']['mean'] == 0
 
 
 def test_a_folder_of_a_run_is_replaced(tmp_path):
@@ -379,8 +387,10 @@ def test_one_without_a_result(tmp_path):
     folder_of(nb).write_text('where a folder would be')
     assert (state(nb).kind, state(nb).note) == ('waiting', '')
     folder_of(nb).unlink()
+    marker(tmp_path / 'runs', *PLACE, 'lock').mkdir(parents=True)  # which nobody can hold
     write_json(marker(tmp_path / 'runs', *PLACE), dict(pid=7, host='node1'))
     assert (state(nb).kind, state(nb).note) == ('stopped', '')
+    marker(tmp_path / 'runs', *PLACE, 'lock').rmdir()
     marker(tmp_path / 'runs', *PLACE).unlink()
     failure = dict(kind='raised', error='KeyError', when='2026')
     write_json(folder_of(nb) / 'failed.json', failure)
@@ -557,10 +567,12 @@ def test_where_to_go_back_to(interrupted, there, words):
 
 def test_what_began_it_is_not_known_if_its_record_is_not_whole(interrupted):
     folder = folder_of(interrupted)
+    assert changed_since_begun(folder, folder / 'none.ipynb', {}) == ''
+    write_json(folder / '.origin.json', begun_by(folder) | dict(digest={}))
+    assert changed_since_begun(folder, interrupted, {}) == 'package'
     (folder / '.origin.json').write_text('{')
     assert begun_by(folder) == {}
     assert changed_since_begun(folder, interrupted, {}) == ''
-    assert changed_since_begun(folder, folder / 'none.ipynb', {}) == ''
 
 
 @pytest.mark.parametrize('edit,part', [('x = 1 + 1', 'plugin'), ('# one\nx=1', '')])
@@ -621,9 +633,10 @@ def test_results_of_older_versions_are_of_other_code(finished):
     file = folder_of(finished) / 'result.json'
     result = read_json(file)
     old = dict(notebook='1', params='1', package='1')
-    write_json(file, result | dict(digest=old))
-    s = state(finished)
-    assert (s.kind, s.note) == ('done, other code', 'another version of the package')
+    for digest in (old, None):
+        write_json(file, result | dict(digest=digest))
+        s = state(finished)
+        assert (s.kind, s.note) == ('done, other code', 'another version of the package')
     assert run(finished)['already']
 
 

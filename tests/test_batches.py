@@ -988,6 +988,8 @@ def test_what_is_said_of_a_run():
     validating = dict(phase='validating', done=1, all=5, spent=2.0)
     assert told(State('running', progress=begun)) == 'running'
     assert told(State('running', progress=testing)) == 'running'
+    first_rows = State('running', progress=PROGRESS | dict(best=None))
+    assert 'accuracy 0.500   75 s left' in told(first_rows)
     pace = 'validating 1/5   0.50 tasks/s   8 s left'
     assert told(State('running', progress=validating)) == f'running   {pace}'
 
@@ -1021,6 +1023,8 @@ def test_a_low_terminal_shows_what_matters(monkeypatch):
     phase = LONG | dict(phase='validating', done=1, all=5)
     row, total = on_terminal(monkeypatch, running('a/b', **phase), columns=60)
     assert 'validating 1/5  10.00 it/s' in row and '12,345' not in row
+    row, total = on_terminal(monkeypatch, running('a/b', **phase), columns=72)
+    assert 'running   validating 1/5   10.00 it/s' in row
 
 
 def test_lines_are_printed_for_what_changed_and_each_minute():
