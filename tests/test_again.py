@@ -1,10 +1,12 @@
 """Runs that are made again, and runs that other code has begun: nothing finished is lost."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import sys
+import time
 import pytest
 import fewshotmeta.lab.runs as runs_room
 from conftest import full
@@ -12,7 +14,9 @@ from fewshotmeta.data.files import locked, read_json, write_json
 from fewshotmeta.lab.batches import Planned
 from fewshotmeta.lab.command import main
 from fewshotmeta.lab.execution import RunFailed
-from fewshotmeta.lab.locks import failure_record, hold_run, last_failure, marker, read_marker
+from fewshotmeta.lab.locks import RunBusy, failure_record, hold_run, last_failure, marker
+from fewshotmeta.lab.locks import read_marker
+from fewshotmeta.lab.parameters import BadParameters, default_name
 from fewshotmeta.lab.results import all_results
 from fewshotmeta.lab.runs import CodeChanged, begun_by, changed_since_begun, folder_anew, settle_run
 from fewshotmeta.lab.states import describe_state, state_of
@@ -229,6 +233,208 @@ def test_one_finds_the_learners_of_other_runs(finished, monkeypatch):
         load_learner('demo/two')
 
 
+def test_a_time_before_which_a_result_is_made_again(finished):
+    "With `force`: what was finished then or later stands, whole or not is asked of it alone."
+    when = read_json(folder_of(finished) / 'result.json')['finished']
+    for since in (when, '2000'):
+        assert run(finished, force=True, since=since)['already']
+    assert run(finished, since='3000')['already']
+    (folder_of(finished) / 'result.json').write_text('{')
+    assert 'already' not in run(finished, force=True, since='2000')
+    assert 'already' not in run(finished, force=True, since='3000')
+
+
+def test_parameters_that_a_notebook_has_got_or_lost_since(finished):
+    "A new one says nothing until it is given; one that is gone makes it another run."
+    notebook(finished.parent, PARAMETERS + '\ny = 1', *CELLS)
+    assert run(finished)['already']
+    with pytest.raises(BadParameters, match='holds a finished run with another y: choose'):
+        run(finished, dict(y=1))
+    notebook(finished.parent, PARAMETERS.replace('x = 2', 'z = 2'), *CELLS)
+    with pytest.raises(BadParameters, match='holds a finished run with another x: choose'):
+        run(finished)
+
+
+def test_a_run_by_its_parameters_alone(finished, monkeypatch):
+    "Its name and its place, where neither is said; a notebook has to be there."
+    (finished.parent / 'settings.ini').write_text('')
+    given, start = dict(x=3, scale='smoke'), time.perf_counter()
+    result = runs_room.run_notebook(finished, given, quiet=True)
+    assert 0 <= result['seconds'] <= time.perf_counter() - start + 0.01
+    assert (result['experiment'], result['run']) == ('exp', default_name(given))
+    assert (finished.parent / 'runs' / 'exp' / default_name(given) / 'result.json').exists()
+    with pytest.raises(BadParameters, match='no notebook .*none.ipynb'):
+        runs_room.run_notebook(finished.parent / 'none.ipynb')
+
+
+def test_what_is_left_of_other_executions_goes(finished):
+    "Half-written files, a notebook that failed, what was begun by other code; not the user's own."
+    folder = folder_of(finished)
+    stopped(finished, force=True)
+    (anew(finished) / 'odd.txt').write_text('of other code')
+    notebook(finished.parent, PARAMETERS, *OTHER)
+    for name in ('.metrics.csv.7.partial', 'failed.ipynb'):
+        (folder / name).write_text('')
+    (anew(finished) / '.tasks.csv.7.partial').write_text('')
+    run(finished, force=True)
+    assert files(finished) == sorted([*WHOLE, 'tasks.csv', '.metrics.csv.7.partial'])
+    for name in ('result.json', 'checkpoint.safetensors'):
+        (folder / name).unlink()
+    run(finished)
+    assert files(finished) == sorted([*WHOLE, 'tasks.csv'])
+
+
+def test_what_nobody_knows_is_not_continued_by_force(finished):
+    stopped(finished, force=True)
+    (anew(finished) / '.origin.json').unlink()
+    assert run(finished, force=True)['metrics']['first']['mean'] == 0
+
+
+def test_a_folder_of_a_run_is_replaced(tmp_path):
+    plots = "folder = run_folder() / 'plots'\nfolder.mkdir()\nfolder.joinpath(str(x)).touch()"
+    nb = notebook(tmp_path, PARAMETERS, *CELLS, plots)
+    for x in (2, 3):
+        run(nb, dict(x=x), force=True)
+        assert [p.name for p in (folder_of(nb) / 'plots').iterdir()] == [str(x)]
+
+
+def test_a_further_rank_only_follows(finished, monkeypatch, capsys):
+    "Its report comes back, its failure is recorded; it writes nothing else."
+    before = contents(finished)
+    monkeypatch.setenv('RANK', '1')
+    result = run(finished, dict(x=3), force=True)
+    assert (result['metrics']['square']['mean'], result['params']['x']) == (9, 3)
+    assert (result['experiment'], result['run'], result['seconds']) == ('demo', 'one', 0)
+    assert contents(finished) == before
+    notebook(finished.parent, PARAMETERS, 'raise KeyError("gone")')
+    with pytest.raises(RunFailed, match='gone'):
+        run(finished, force=True)
+    assert last_failure(finished.parent / 'runs', *PLACE)['error'].startswith('rank 1: exp.ipynb')
+    assert 'rank 1: exp.ipynb raised' in capsys.readouterr().err
+
+
+def test_one_that_is_finished_just_before_us(finished, monkeypatch):
+    "It is theirs; where other ranks wait for ours, that is an error."
+    result, hold = (folder_of(finished) / 'result.json').read_bytes(), runs_room.hold_run
+
+    @contextlib.contextmanager
+    def too_late(*args):
+        with hold(*args) as folder:
+            (folder / 'result.json').write_bytes(result)
+            yield folder
+
+    monkeypatch.setattr(runs_room, 'hold_run', too_late)
+    for size in (None, '1'):
+        (folder_of(finished) / 'result.json').unlink()
+        assert run(finished)['already']
+        monkeypatch.setenv('WORLD_SIZE', '1')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    (folder_of(finished) / 'result.json').unlink()
+    with pytest.raises(RunBusy, match='demo/one was finished by another process just now'):
+        run(finished)
+
+
+# ---- how it stands
+def test_a_result_of_other_parameters(finished):
+    "Of one that is given, or that the result has; a new one of the notebook says nothing."
+    assert state(finished).kind == 'done'
+    for given in (dict(x=3), dict(y=1), dict(x=3, y=1)):
+        s = state(finished, **given)
+        assert (s.kind, s.note) == ('changed', f'the result there has another {", ".join(given)}')
+    params = dict(x=2, plugin='', stop=False, scale='smoke')
+    runs = finished.parent / 'runs'
+    assert state_of(Planned(*PLACE, finished, {}, params | dict(y=1), runs)).kind == 'done'
+    del params['x']
+    s = state_of(Planned(*PLACE, finished, {}, params, runs))
+    assert (s.kind, s.note) == ('changed', 'the result there has another x')
+
+
+def test_a_failure_counts_from_the_result_on(finished):
+    result, runs = read_json(folder_of(finished) / 'result.json'), finished.parent / 'runs'
+    for when, kind in ('2000', 'done'), (result['finished'], 'done'), ('3000', 'failed'):
+        failure = dict(kind='raised', error='KeyError\nmore', when=when)
+        write_json(folder_of(finished) / 'failed.json', failure)
+        s = state(finished)
+        assert s.kind == kind
+        assert s.when == (when if kind == 'failed' else result['finished'])
+    assert (s.note, s.result) == ('raised: KeyError', failure)
+    write_json(folder_of(finished) / 'failed.json', failure | dict(error=''))
+    assert state(finished).note == 'raised: '
+    with hold_run(runs, *PLACE, {}):
+        assert state(finished).kind == 'running'
+
+
+@pytest.mark.parametrize('text', [None, '{'])
+def test_one_that_somebody_executes(finished, text):
+    "Whatever result is there; who was killed while it executed it is only named."
+    runs = finished.parent / 'runs'
+    if text:
+        (folder_of(finished) / 'result.json').write_text(text)
+    assert state(finished).kind == ('broken' if text else 'done')
+    write_json(marker(runs, *PLACE), dict(pid=7, host='node1'))
+    s = state(finished)
+    assert (s.kind, s.who) == ('broken', {}) if text else ('done', dict(pid=7, host='node1'))
+    with locked(marker(runs, *PLACE, 'lock')):
+        s = state(finished)
+        assert (s.kind, s.note, s.result, s.who['pid']) == ('running', '', {}, 7)
+        marker(runs, *PLACE).unlink()
+        assert state(finished).kind == ('broken' if text else 'done')  # it only looks
+
+
+def test_one_without_a_result(tmp_path):
+    nb = notebook(tmp_path, PARAMETERS, *CELLS)
+    assert (state(nb).kind, state(nb).note) == ('waiting', '')
+    assert not (tmp_path / 'runs').exists(), 'who looks leaves nothing'
+    folder_of(nb).parent.mkdir(parents=True)
+    folder_of(nb).write_text('where a folder would be')
+    assert (state(nb).kind, state(nb).note) == ('waiting', '')
+    folder_of(nb).unlink()
+    marker(tmp_path / 'runs', *PLACE, 'lock').mkdir(parents=True)  # which nobody can hold
+    write_json(marker(tmp_path / 'runs', *PLACE), dict(pid=7, host='node1'))
+    assert (state(nb).kind, state(nb).note) == ('stopped', '')
+    marker(tmp_path / 'runs', *PLACE, 'lock').rmdir()
+    marker(tmp_path / 'runs', *PLACE).unlink()
+    failure = dict(kind='raised', error='KeyError', when='2026')
+    write_json(folder_of(nb) / 'failed.json', failure)
+    s = state(nb)
+    assert (s.kind, s.note, s.result) == ('failed', 'raised: KeyError', failure)
+    stopped(nb)
+    s = state(nb, stop=True)
+    assert (s.kind, s.note) == ('stopped', 'at iteration 50 of 100')
+    notebook(nb.parent, PARAMETERS, *OTHER)
+    write_json(folder_of(nb) / 'failed.json', failure)
+    s = state(nb, stop=True)
+    assert s.result == {}
+    (folder_of(nb) / 'failed.json').unlink()
+    words = 'begun by another version of the notebook'
+    assert (s.kind, s.note) == ('stopped, other code', f'at iteration 50 of 100, {words}')
+    (folder_of(nb) / '.progress.json').write_text('{')
+    s = state(nb, stop=True)
+    assert (s.kind, s.note) == ('stopped, other code', words)
+    (folder_of(nb) / '.origin.json').unlink()
+    assert (state(nb).kind, state(nb).note) == ('stopped', '')
+
+
+def test_one_that_is_made_again_in_part(finished):
+    stopped(finished, force=True)
+    assert state(finished).note == 'made again up to iteration 50 of 100: --force continues'
+    (anew(finished) / '.progress.json').unlink()
+    assert state(finished).note == 'made again in part: --force continues'
+
+
+QUEUE = dict(PENDING='queued', REQUEUED='queued', RUNNING='running', COMPLETING='running')
+
+
+def test_one_in_a_queue(tmp_path):
+    nb = notebook(tmp_path, PARAMETERS, *CELLS)
+    write_json(marker(tmp_path / 'runs', *PLACE, 'job.json'), dict(job='7'))
+    p = Planned(*PLACE, nb, {}, {}, tmp_path / 'runs')
+    for said, kind in QUEUE.items():
+        s = state_of(p, {'7': said})
+        assert (s.kind, s.note) == (kind, 'job 7')
+    assert state_of(p, {'8': 'PENDING'}).kind == state_of(p).kind == 'waiting'
+
+
 # ---- killed while it is replaced
 WRITES = 'os.rename', 'os.remove', 'os.rmdir', 'os.mkdir', 'shutil.rmtree'
 
@@ -345,6 +551,32 @@ def test_other_code_is_refused_with_the_ways_out(interrupted):
     assert not (folder_of(interrupted) / 'result.json').exists()
 
 
+BACK = [
+    (dict(commit='0123456789ab', dirty=False), 'commit 0123456789 to continue'),
+    (dict(commit='0123456789ab', dirty=True), 'commit 0123456789 and its uncommitted changes to'),
+    (dict(commit=None, dirty=None), 'the code that began it to continue'),
+]
+
+
+@pytest.mark.parametrize('there,words', BACK)
+def test_where_to_go_back_to(interrupted, there, words):
+    origin = begun_by(folder_of(interrupted)) | there
+    write_json(folder_of(interrupted) / '.origin.json', origin)
+    notebook(interrupted.parent, PARAMETERS, *OTHER)
+    with pytest.raises(CodeChanged, match=f'Go back to {words}'):
+        go_on(interrupted)
+
+
+def test_what_began_it_is_not_known_if_its_record_is_not_whole(interrupted):
+    folder = folder_of(interrupted)
+    assert changed_since_begun(folder, folder / 'none.ipynb', {}) == ''
+    write_json(folder / '.origin.json', begun_by(folder) | dict(digest={}))
+    assert changed_since_begun(folder, interrupted, {}) == 'package'
+    (folder / '.origin.json').write_text('{')
+    assert begun_by(folder) == {}
+    assert changed_since_begun(folder, interrupted, {}) == ''
+
+
 @pytest.mark.parametrize('edit,part', [('x = 1 + 1', 'plugin'), ('# one\nx=1', '')])
 def test_a_plugin_s_code_counts(tmp_path, monkeypatch, edit, part):
     monkeypatch.chdir(tmp_path)
@@ -403,9 +635,10 @@ def test_results_of_older_versions_are_of_other_code(finished):
     file = folder_of(finished) / 'result.json'
     result = read_json(file)
     old = dict(notebook='1', params='1', package='1')
-    write_json(file, result | dict(digest=old))
-    s = state(finished)
-    assert (s.kind, s.note) == ('done, other code', 'another version of the package')
+    for digest in (old, None):
+        write_json(file, result | dict(digest=digest))
+        s = state(finished)
+        assert (s.kind, s.note) == ('done, other code', 'another version of the package')
     assert run(finished)['already']
 
 

@@ -932,6 +932,119 @@ def test_what_is_said_of_each_phase():
     assert describe_state(p, state).endswith('testing 1/2   0.33 tasks/s   3 s left')
 
 
+ANSWERS = {
+    'done': ['done'],
+    'done, other code': ['done', 'stale'],
+    'changed': ['changed'],
+    'broken': ['broken'],
+    'running': ['running', 'taken'],
+    'queued': ['taken'],
+    'failed': ['failed'],
+    'stopped': ['stopped'],
+    'stopped, other code': ['blocked'],
+    'waiting': [],
+}
+ASKED = 'done', 'stale', 'changed', 'broken', 'running', 'taken', 'failed', 'stopped', 'blocked'
+
+
+@pytest.mark.parametrize('kind', ANSWERS)
+def test_what_a_state_answers(kind):
+    answers = {name: getattr(State(kind), name) for name in ASKED}
+    assert answers == {name: name in ANSWERS[kind] for name in ASKED}
+
+
+def test_what_is_to_be_made():
+    failed = State('failed', result=dict(when='2026'))
+    assert [failed.to_be_made(since) for since in ('', '2025', '2026', '2027')] == [1, 0, 0, 1]
+    blocked = State('stopped, other code')
+    assert [blocked.to_be_made(accept_changes=a) for a in (False, True)] == [False, True]
+    assert [State(kind).to_be_made() for kind in ('done', 'changed', 'broken')] == [0, 0, 1]
+
+
+def told(state):
+    "What is said of a run after its name."
+    ((p, _),) = running('a/b').items()
+    return describe_state(p, state).partition('a/b')[2].strip()
+
+
+@pytest.mark.parametrize(
+    'seconds,words',
+    [(89.4, '89 s'), (90, '2 min'), (5399, '90 min'), (5400, '1.5 h'), (60 * 60 * 10, '10.0 h')],
+)
+def test_how_long_is_said(seconds, words):
+    result = dict(metrics=dict(a=dict(mean=1.0, ci95=None)), seconds=seconds)
+    assert told(State('done', result=result)) == f'done   a 1.0000   {words}'
+    other = State('done, other code', 'why', result)
+    assert told(other) == f'done, other code (why)   a 1.0000   {words}'
+
+
+def test_what_is_said_of_a_run():
+    assert told(State('waiting')) == 'waiting'
+    assert told(State('failed', 'raised: x')) == 'failed: raised: x'
+    assert told(State('running', 'job 7')) == 'running (job 7)'
+    assert told(State('running', who=dict(pid=7))) == 'running on ?, process 7'
+    begun = dict(phase='training', iteration=0, iterations=9, seconds=0.0, loss=1.0, accuracy=0.5)
+    testing = dict(iteration=9, iterations=9, done=0, all=5, spent=1.0, phase='testing')
+    validating = dict(phase='validating', done=1, all=5, spent=2.0)
+    assert told(State('running', progress=begun)) == 'running'
+    assert told(State('running', progress=testing)) == 'running'
+    first_rows = State('running', progress=PROGRESS | dict(best=None))
+    assert 'accuracy 0.500   75 s left' in told(first_rows)
+    pace = 'validating 1/5   0.50 tasks/s   8 s left'
+    assert told(State('running', progress=validating)) == f'running   {pace}'
+
+
+def on_terminal(monkeypatch, states, columns=90, lines=6):
+    "What a terminal of that size shows."
+    monkeypatch.setenv('COLUMNS', str(columns))
+    monkeypatch.setenv('LINES', str(lines))
+    out = Terminal()
+    View(out)(states)
+    return out.getvalue().replace('\x1b[2K', '').removesuffix('\x1b[J').splitlines()
+
+
+def test_a_low_terminal_shows_what_matters(monkeypatch):
+    "All while they have room; else who runs, failed or is another's; never more rows than it has."
+    kinds = 'done', 'running', 'failed', 'changed', 'stopped, other code', 'waiting', 'queued'
+    result = dict(metrics=dict(a=dict(mean=1.0, ci95=None)), seconds=1.0)
+    states = {}
+    for kind in kinds:
+        ((p, _),) = running(f'a/{kind}').items()
+        states[p] = State(kind, result=result)
+    rows = on_terminal(monkeypatch, states, lines=10)
+    assert len(rows) == 8 and rows[-1].startswith('7 runs: ')
+    rows = on_terminal(monkeypatch, states, lines=9)
+    assert [row.split()[1] for row in rows[:-1]] == [f'a/{k.split()[0]}' for k in kinds[1:5]]
+    rows = on_terminal(monkeypatch, states, lines=6)
+    assert len(rows) == 4 and rows[0].split()[1] == 'a/running' and rows[-1].startswith('7 runs: ')
+    row, total = on_terminal(monkeypatch, running('a/b', **LONG), columns=60)
+    ratio = '12,345/75,000  10.00 it/s  loss 1.250  1.7 h left'
+    assert row == f'▸ a/b {ratio}'
+    phase = LONG | dict(phase='validating', done=1, all=5)
+    row, total = on_terminal(monkeypatch, running('a/b', **phase), columns=60)
+    assert 'validating 1/5  10.00 it/s' in row and '12,345' not in row
+    row, total = on_terminal(monkeypatch, running('a/b', **phase), columns=72)
+    assert 'running   validating 1/5   10.00 it/s' in row
+
+
+def test_lines_are_printed_for_what_changed_and_each_minute():
+    out = io.StringIO()
+    view = View(out)
+    states = running('a/b', **PROGRESS) | {next(iter(running('a/c'))): State('waiting')}
+    view(states)
+    first_line = out.getvalue()
+    assert first_line.count('\n') == 1 and 'a/b' in first_line
+    view(states)
+    assert out.getvalue() == first_line
+    view.printed -= 61
+    view(states)
+    assert out.getvalue() == f'{2 * first_line}2 runs: 1 running, 1 waiting\n'
+    view(states)
+    assert out.getvalue().count('\n') == 3
+    view({p: State('failed') for p in states})
+    assert out.getvalue().count('✗') == 2
+
+
 def watching(master, slave, *args):
     "`fewshotmeta status … --watch` on a terminal of 80 columns."
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('4H', 24, 80, 0, 0))

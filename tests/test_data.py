@@ -1,5 +1,6 @@
 """Banks: what they hold, what they refuse, and that a bad file is never used."""
 
+import errno
 import os
 import pickle
 import struct
@@ -803,6 +804,98 @@ def test_digest_sees_pixels_names_and_families(noise_bank):
     renamed = ImageBank(noise_bank.images, start, count, ['x', *classes[1:]])
     family = ImageBank(noise_bank.images, start, count, classes, [0, 0, *range(1, 39)])
     assert len({bank.digest for bank in (noise_bank, changed, renamed, family)}) == 4
+
+
+@pytest.mark.parametrize('quarter', [1, 2, 3])
+def test_each_rotation_is_what_it_says(noise_bank, quarter):
+    turned, angle = noise_bank.rotated(), 90 * quarter
+    expected = torch.rot90(noise_bank['class03'], quarter, (2, 3))
+    assert torch.equal(turned[f'class03@{angle}'], expected)
+    facts = turned.count, turned.family, turned.digests, set(turned.digests)
+    assert [len(fact) for fact in facts] == [160] * 4
+
+
+def test_what_a_bank_says_of_itself(noise_bank):
+    said = f'1,000 images of 1×16×16, {noise_bank.digest}'
+    assert repr(noise_bank) == f'noise: 40 classes, {said}'
+    assert repr(noise_bank.rotated()).startswith('noise: 160 classes in 40 families, 4,000 images')
+
+
+def test_banks_that_are_made_of_a_bank(noise_bank):
+    "They keep its name and how it was read, and the digests of what they have unchanged."
+    facts = noise_bank.start, noise_bank.count, noise_bank.classes
+    reading, own = dict(resize=(16, 16)), [f'digest {i}' for i in range(40)]
+    bank = ImageBank(noise_bank.images, *facts, name='x', digests=own, reading=reading)
+    colours, few = bank.with_channels(3), bank.select([7, 3], 'few')
+    assert colours[3].shape == (25, 3, 16, 16)
+    assert torch.equal(colours[3], bank[3].expand(-1, 3, -1, -1))
+    assert bank.with_channels(1) is bank
+    assert (few.name, few.digests, few.classes) == ('few', [own[7], own[3]], ['class07', 'class03'])
+    assert len(bank.select([])) == 0
+    for made in (few.to('cpu'), colours, bank.rotated(), bank.select(['class03'])):
+        assert made.reading == reading
+        assert made.name == ('few' if len(made) == 2 else 'x')
+
+
+MADE_FROM = dict(set='noise', source='a', resize=[16, 16])
+
+
+def test_a_bank_in_a_file(noise_bank, tmp_path):
+    "It comes back with how it was read, whatever it is asked for or nothing; it says what differs."
+    path = tmp_path / 'x.safetensors'
+    save_bank(noise_bank, path, MADE_FROM)
+    for made_from in (None, MADE_FROM):
+        bank = load_bank(path, made_from)
+        assert (bank.digest, bank.reading) == (noise_bank.digest, dict(resize=[16, 16]))
+    others = {
+        'the files that it was made from have changed': MADE_FROM | dict(source='b'),
+        r'else \(resize=\[16, 16\], wanted \[8, 8\]\)': MADE_FROM | dict(resize=[8, 8]),
+        r'else \(margin=None, wanted 2\)': MADE_FROM | dict(margin=2),
+    }
+    for words, other in others.items():
+        with pytest.raises(BadBank, match=words):
+            load_bank(path, other)
+    with pytest.raises(BadBank, match=r"else \(resize=\[16, 16\], wanted None\)"):
+        load_bank(path, dict(set='noise', source='a'))
+
+
+def test_a_bank_of_other_numbers_is_refused(noise_bank, tmp_path):
+    images = noise_bank.images.float()
+    bank = ImageBank(images, noise_bank.start, noise_bank.count, noise_bank.classes)
+    save_bank(bank, tmp_path / 'x', {})
+    with pytest.raises(BadBank, match='images of 40 classes are not what was stored'):
+        load_bank(tmp_path / 'x')
+
+
+def test_a_header_that_was_altered_or_is_no_json(noise_bank, tmp_path):
+    save_bank(noise_bank, tmp_path / 'x', {})
+    altered = (tmp_path / 'x').read_bytes().replace(b'class07', b'class70')
+    (tmp_path / 'x').write_bytes(altered)
+    with pytest.raises(BadBank, match='its header: its content is not what was stored'):
+        load_bank(tmp_path / 'x')
+    save_file({'images': noise_bank.images}, tmp_path / 'x', metadata=dict(bank='{'))
+    with pytest.raises(BadBank, match='x is not a whole bank'):
+        load_bank(tmp_path / 'x')
+
+
+def test_a_bank_is_built_once_and_without_a_word(noise_bank, own_cache, recwarn):
+    built = []
+
+    def build():
+        built.append(1)
+        return noise_bank
+
+    for made_from in (MADE_FROM, dict(reversed(MADE_FROM.items()))):
+        assert cached(made_from, build).digest == noise_bank.digest
+    assert (len(built), len(recwarn)) == (1, 0)
+
+
+def test_a_bank_that_cannot_be_written(noise_bank, small_disk):
+    with pytest.raises(OSError, match='no space left') as full:
+        save_bank(noise_bank.rotated(), small_disk / 'x', {})
+    assert full.value.errno == errno.ENOSPC
+    unknown = as_os_error(ValueError('broken'), small_disk / 'x')
+    assert (unknown.errno, unknown.strerror[-6:]) == (errno.EIO, 'broken')
 
 
 def test_a_class_that_is_not_there(noise_bank):

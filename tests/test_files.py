@@ -5,6 +5,8 @@ import gzip
 import io
 import os
 import pathlib
+import random
+import resource
 import stat
 import subprocess
 import sys
@@ -50,6 +52,10 @@ def test_read_json_of_all_sorts(tmp_path):
         read_json(tmp_path / 'none.json')
 
 
+def test_a_seal_does_not_depend_on_the_order():
+    assert seal(dict(a=1, b=dict(c=2, d=3))) == seal(dict(b=dict(d=3, c=2), a=1))
+
+
 # ---- whole or not at all
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     "What is renamed was synced before, all of it, and not another file."
@@ -67,7 +73,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, 'fsync', recorded_fsync)
     monkeypatch.setattr(os, 'replace', recorded_replace)
-    path = tmp_path / 'x'
+    path = tmp_path / 'a' / 'new' / 'x'
     with atomic(path) as tmp:
         tmp.write_text('whole')
         inode = tmp.stat().st_ino
@@ -95,6 +101,22 @@ def test_a_folder_that_cannot_be_written(read_only):
     with pytest.raises(PermissionError, match='cannot write'):
         with locked(read_only / 'lock'):
             pass
+
+
+# ---- where things are
+def test_where_the_cache_and_the_data_are(tmp_path, monkeypatch):
+    "The argument, our variable, the user's folders, in this order."
+    for name in ('FEWSHOTMETA_CACHE', 'FEWSHOTMETA_DATA', 'XDG_CACHE_HOME'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    usual = tmp_path / '.cache' / 'fewshotmeta'
+    assert (cache_folder(), data_root()) == (usual, usual / 'data')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
+    assert cache_folder() == tmp_path / 'xdg' / 'fewshotmeta'
+    monkeypatch.setenv('FEWSHOTMETA_CACHE', '~/own')
+    assert (cache_folder(), data_root()) == (tmp_path / 'own', tmp_path / 'own' / 'data')
+    monkeypatch.setenv('FEWSHOTMETA_DATA', '~/data')
+    assert (data_root(), data_root('~/here')) == (tmp_path / 'data', tmp_path / 'here')
 
 
 # ---- one at a time
@@ -151,7 +173,7 @@ def zipped(path, *members):
     return path
 
 
-EVIL = ['../out', '/abs', 'a/../../out', '..', 'a/..', 'C:\\x', '..\\out', '\\abs']
+EVIL = ['../out', '/abs', 'a/../../out', '..', 'a/..', 'C:x', 'C:\\x', '..\\out', '\\abs']
 
 
 @pytest.mark.parametrize('name', EVIL)
@@ -192,6 +214,12 @@ def test_whole_archives(tmp_path):
     assert not list((tmp_path / 'other').glob('*'))
 
 
+def test_the_digest_of_a_file(tmp_path):
+    (tmp_path / 'x').write_bytes(b'abc')  # FIPS 180-2
+    digest = 'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad'
+    assert digest_of(tmp_path / 'x') == digest
+
+
 def test_broken_archives(tmp_path):
     good = tar(tmp_path / 'a.tgz', ('set', DIR, ''), ('set/x.txt', FILE, ''))
     (tmp_path / 'b.tgz').write_bytes(good.read_bytes()[:40])
@@ -200,9 +228,34 @@ def test_broken_archives(tmp_path):
     (tmp_path / 'c.zip').write_bytes(b'hello')
     with pytest.raises(BadFile, match='not a zip, tar or gzip archive'):
         unpack(tmp_path / 'c.zip', tmp_path / 'other')
+    noise = tmp_path / 'noise'
+    noise.write_bytes(random.Random(0).randbytes(100_000))
+    with tarfile.open(tmp_path / 'd.tgz', 'w:gz') as t:
+        t.add(noise, 'one')
+        t.add(noise, 'two')
+    (tmp_path / 'd.tgz').write_bytes((tmp_path / 'd.tgz').read_bytes()[:50_000])
+    with pytest.raises(BadFile, match='d.tgz is not a whole archive'):
+        unpack(tmp_path / 'd.tgz', tmp_path / 'other')
     with pytest.raises(FileNotFoundError, match='no archive'):
         unpack(tmp_path / 'none.zip', tmp_path / 'other')
     assert not list((tmp_path / 'other').glob('*'))
+
+
+def test_a_name_with_a_null_is_refused(tmp_path):
+    with tarfile.open(tmp_path / 'a.tar', 'w') as t:
+        m = tarfile.TarInfo('a')
+        m.pax_headers = dict(path='a\0b')
+        t.addfile(m)
+    with pytest.raises(BadFile, match='leads out of the folder'):
+        unpack(tmp_path / 'a.tar', tmp_path / 'data')
+
+
+@pytest.mark.parametrize('mode', [0, 0o644, stat.S_IFREG | 0o644])
+def test_a_zip_archive_of_any_system(tmp_path, mode):
+    "Folders go by their names, files by their modes, where there are any."
+    archive = zipped(tmp_path / 'a.zip', ('set/', 0), ('set/x', mode))
+    assert unpack(archive, tmp_path / 'new' / 'data') == ['set']
+    assert trees(tmp_path / 'new' / 'data') == {'set/x': 'x'}
 
 
 def trees(folder):
@@ -211,9 +264,12 @@ def trees(folder):
     return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
+NAMES = 'a/new', 'b/same', '._b', '__MACOSX/c'
+
+
 def test_archives_lie_beside_what_is_there(tmp_path):
     "What is the same stays, what is another is not replaced, and then nothing is unpacked."
-    names = [(f'set/{name}', FILE, '') for name in ('a/new', 'b/same', '._b')]
+    names = [(f'set/{name}', FILE, '') for name in NAMES]
     archive, data = tar(tmp_path / 'a.tgz', *names), tmp_path / 'data'
     for name, text in (('set/b/same', 'x'), ('set/b/own', 'mine')):
         (data / name).parent.mkdir(parents=True, exist_ok=True)
@@ -227,6 +283,20 @@ def test_archives_lie_beside_what_is_there(tmp_path):
     with pytest.raises(FileExistsError, match='same is there already, and is another one'):
         unpack(archive, data)
     assert trees(data) == before
+
+
+@pytest.mark.parametrize('there', ['set', 'set/x'])
+def test_a_file_and_a_folder_of_one_name(tmp_path, there):
+    "One that is there, the other in the archive: neither gives way."
+    place = tmp_path / 'data' / there
+    if there == 'set':
+        place.parent.mkdir()
+        place.write_text('x')
+    else:
+        place.mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=f'{place} is there already, and is another one'):
+        unpack(tar(tmp_path / 'a.tgz', ('set/x', FILE, '')), tmp_path / 'data')
+    assert place.is_file() == (there == 'set')
 
 
 def test_a_link_in_the_data_is_not_followed(tmp_path):
@@ -294,6 +364,68 @@ def test_an_archive_that_unpacks_to_far_more_than_it_is(tmp_path, name, record):
     assert path.stat().st_size == 101_000_000
     record('archives that unpack to far more than they are: refused', tries=1, survived=1)
     path.unlink()
+
+
+LIMITS = [(2 << 20, True), ((2 << 20) - 1, False), (1 << 20, False)]
+
+
+@pytest.mark.parametrize('limit,fits', LIMITS)
+def test_a_limit_holds_to_the_byte(tmp_path, limit, fits):
+    "Of a file whose size only its end tells, and of several together before any is written."
+    (tmp_path / 'x.gz').write_bytes(gzip.compress(b'x' * (2 << 20), 1))
+    half = tmp_path / 'half'
+    half.write_bytes(bytes(1 << 20))
+    with zipfile.ZipFile(tmp_path / 'a.zip', 'w', zipfile.ZIP_DEFLATED) as z:
+        z.write(half, 'x')
+        z.write(half, 'y')
+    placed = []
+
+    def place(files):
+        placed.append([*files])
+        return {name: name for name in files}
+
+    for name in ('x.gz', 'a.zip'):
+        if fits:
+            unpack(tmp_path / name, tmp_path / name[0], place=place, limit=limit)
+            continue
+        with pytest.raises(BadFile, match=f'{name} would unpack to'):
+            unpack(tmp_path / name, tmp_path / name[0], place=place, limit=limit)
+        assert not list((tmp_path / name[0]).glob('*'))
+    assert placed == [['x'], ['x', 'y']][: 1 + fits]
+
+
+@pytest.mark.parametrize('junk,limit', [(0, 100_000_000), (6_000_000, 0)])
+def test_what_an_archive_may_unpack_to(tmp_path, junk, limit):
+    "20 times its own size, and 100 MB at least: a byte more, by what it says itself, is too much."
+    archive = zipped(tmp_path / 'a.zip', ('x', 0))
+    raw = bytearray(junk) + archive.read_bytes()
+    at = raw.rindex(b'PK\1\2') + 24  # where the size of its file stands
+    for more in (0, 1):
+        raw[at : at + 4] = ((limit or 20 * len(raw)) + more).to_bytes(4, 'little')
+        archive.write_bytes(raw)
+        if more:
+            with pytest.raises(BadFile, match='a.zip would unpack to'):
+                unpack(archive, tmp_path / 'data')
+        else:
+            assert unpack(archive, tmp_path / 'data') == ['x']
+
+
+def test_a_bomb_is_left_as_soon_as_it_is_too_large(tmp_path):
+    (tmp_path / 'x.gz').write_bytes(gzip.compress(b'x' * (8 << 20), 1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, before[1]))  # of each file
+    try:
+        with pytest.raises(BadFile, match='x.gz would unpack to more'):
+            unpack(tmp_path / 'x.gz', tmp_path / 'data', limit=1 << 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_packed_file_stays_packed_under_its_name(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'a.zip', 'w') as z:
+        z.writestr('x.gz', gzip.compress(b'x'))
+    unpack(tmp_path / 'a.zip', tmp_path / 'data')
+    assert gzip.decompress((tmp_path / 'data' / 'x.gz').read_bytes()) == b'x'
 
 
 def test_names_that_cannot_be_files_together(tmp_path):

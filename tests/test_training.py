@@ -470,6 +470,89 @@ def test_a_function_goes_by_its_source(tmp_path):
     assert plain_value(typed['own']) != plain_value(typed['own'])  # nobody knows its source
 
 
+def test_a_function_goes_by_what_it_has_from_elsewhere(tmp_path):
+    "By its defaults and what it encloses, itself left aside; a method of an object by its class."
+
+    def with_default(at=0.5, *, by=1):
+        return at * by
+
+    def calls_itself(n):
+        return n and calls_itself(n - 1)
+
+    before = plain_value(with_default)
+    assert len(plain_value(calls_itself).split()[1]) == 8
+    for name, values in ('__defaults__', (0.25,)), ('__kwdefaults__', dict(by=2)):
+        old = getattr(with_default, name)
+        setattr(with_default, name, values)
+        assert plain_value(with_default) != before
+        setattr(with_default, name, old)
+    assert plain_value(with_default) == before
+    nested = partial(round, 0.5, ndigits=partial(len))
+    assert plain_value(nested) == "partial(round, [0.5], {'ndigits': 'partial(len, [], {})'})"
+    assert plain_value(MAML) == 'MAML'
+
+
+def test_a_run_before_it_has_begun():
+    learner = small()
+    run = Run(learner, torch.optim.Adam(learner.theta.values()))
+    assert (run.best, run.seconds, run.iteration) == (None, 0, 0)
+    run.kept = [(0.7, 8, {}, {}), (0.6, 4, {}, {})]
+    assert run.best == 0.7
+
+
+def test_a_file_of_tensors_is_one_like_others(tmp_path):
+    "Others may read it as they may read any file; what is no such file, or not there, is said."
+    path, own = tmp_path / 'x', tmp_path / 'own'
+    own.touch()
+    head, tensors = dict(format='fewshotmeta thing 1'), dict(a=torch.zeros(2))
+    save_tensors(path, 'thing', head, tensors)
+    assert path.stat().st_mode == own.stat().st_mode
+    assert read_tensors(path, 'thing', head['format'])[1]['a'].shape == (2,)
+    for file in (tmp_path / 'none', own):
+        with pytest.raises(BadFile, match=f'{file} is not a whole thing'):
+            read_tensors(file, 'thing', head['format'])
+    save_file(tensors, path, metadata=dict(thing='{"format": "fewshotmeta thing 1"}'))
+    with pytest.raises(BadFile, match='its header: its content is not what was stored'):
+        read_tensors(path, 'thing', head['format'])
+    with pytest.raises(BadFile, match='x is not a thing'):
+        read_tensors(path, 'other', head['format'])
+
+
+def test_every_part_of_a_tensor_is_in_its_digest(tmp_path):
+    "Its name and its shape, too, of equal bytes."
+    path, key = tmp_path / 'x', 'thing'
+    head, seen = dict(format='fewshotmeta thing 1'), set()
+    parts = dict(a=torch.zeros(2, 3)), dict(a=torch.zeros(3, 2)), dict(b=torch.zeros(2, 3))
+    for tensors in (*parts, dict(a=torch.zeros(2, 3, dtype=torch.int32))):
+        save_tensors(path, key, head, tensors)
+        seen.add(read_tensors(path, key, head['format'])[0]['tensors'])
+    assert len(seen) == 4
+
+
+def test_a_checkpoint_of_a_configuration_with_more_in_it(half_done, train, valid, tmp_path):
+    shutil.copy(half_done / 'checkpoint.safetensors', tmp_path)
+
+    def with_more(head, tensors):
+        head['config']['more'] = 1
+
+    resealed(tmp_path, with_more)
+    with pytest.raises(BadCheckpoint, match='another run .more: 1 there, None here.'):
+        fitted(train, valid, tmp_path)
+
+
+def test_a_phase_is_noted_beside_the_training(tmp_path):
+    note_phase(None, 'testing', 1, 2, 3.0)  # nowhere to be left
+    assert read_progress(tmp_path) == {}
+    write_json(tmp_path / '.progress.json', dict(iteration=7, phase='training', done=7))
+    note_phase(tmp_path, 'testing', 1, 2, 3.0)
+    phase = dict(phase='testing', done=1, all=2, spent=3.0)
+    assert read_progress(tmp_path) == dict(iteration=7) | phase
+    (tmp_path / '.progress.json').write_text('{')
+    assert read_progress(tmp_path) == {}
+    note_phase(tmp_path, 'testing', 1, 2, 3.0)
+    assert read_progress(tmp_path) == phase
+
+
 def resealed(folder, change):
     "Write a checkpoint again after a change of its header and its tensors."
     head, tensors = read_checkpoint(folder)
@@ -532,6 +615,8 @@ def as_double(head, tensors):
         (said(kept=[3]), r'its header has kept=\[3\], no list of pairs'),
         (said(config=None), 'its header has no config'),
         (said(seconds='long'), "its header has seconds='long': expected float"),
+        (said(kept=[[0.5, 1, 2]]), r'its header has kept=\[\[0.5, 1, 2\]\], no list of pairs'),
+        (said(format='fewshotmeta checkpoint 1'), "checkpoint 1': this version of the package"),
     ],
 )
 def test_a_resealed_checkpoint_of_other_tensors(half_done, train, valid, tmp_path, change, words):

@@ -373,7 +373,7 @@ def draw(self: View, states: dict):
         shown = {p: s for p, s in states.items() if _is_told(s)}
     rows = [*_table(shown, width - 1), summary(states)[: width - 1]]
     if len(states) > height - 3:
-        rows = rows[: height - 3] + rows[-1:]
+        rows = rows[:-1][: height - 3] + rows[-1:]
     up = f'\x1b[{self.height}A' if self.height else ''
     self.out.write(up + ''.join(f'\x1b[2K{row}\n' for row in rows) + '\x1b[J')
     self.height = len(rows)
