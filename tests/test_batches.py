@@ -371,9 +371,9 @@ def test_values_of_yaml_as_on_the_command_line(batch):
         (
             dict(a={}),
             dict(scales=dict(big={})),
-            "no entry 'big': choose one of smoke, short, paper",
+            "no entry 'big': choose one of smoke, short, long, code, paper",
         ),
-        (dict(a=dict(scales=dict(long={}))), {}, "no entry 'long'"),
+        (dict(a=dict(scales=dict(huge={}))), {}, "no entry 'huge'"),
         (dict(a=dict(seed=[])), {}, 'seed: the list is empty'),
         (dict(a=dict(scales=dict(short={}))), {}, "'short' is not among the scales of the file"),
         (dict(a=dict(x='2x')), dict(common=dict(x=[1])), 'a factor of'),
