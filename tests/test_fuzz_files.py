@@ -251,7 +251,7 @@ def test_checkpoints(stored_run, data):
 
 
 RUNS = {'tensors': None, 'config.iterations': None, 'history': [7], 'history.0.loss': 'x'}
-RUNS |= {'pending': [7], 'kept': [['x', 1]], 'iteration': -1, 'iteration ': 2**70}
+RUNS |= {'history  ': [], 'pending': [7], 'kept': [['x', 1]], 'iteration': -1, 'iteration ': 2**70}
 
 
 @pytest.mark.parametrize('path', RUNS)

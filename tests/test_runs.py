@@ -16,14 +16,14 @@ import pytest
 import torch
 import fewshotmeta
 from conftest import ROOT, full
-from fewshotmeta.data.files import read_json, write_json
+from fewshotmeta.data.files import BadFile, read_json, write_json
 from fewshotmeta.lab.batches import SCALES
 from fewshotmeta.lab.execution import RESULT_TYPE, RunFailed, _last_states, report, run_folder
 from fewshotmeta.lab.locks import RunBusy
 from fewshotmeta.lab.parameters import BadParameters
 from fewshotmeta.lab.provenance import changed_code, digests, kernels_in_use, module_digests
 from fewshotmeta.lab.provenance import package_digest
-from fewshotmeta.lab.runs import run_notebook
+from fewshotmeta.lab.runs import read_result, run_notebook
 from fewshotmeta.lab.trained import tasks_for
 from fewshotmeta.learners.maml import LEARNERS
 from fewshotmeta.training.checkpoints import read_checkpoint
@@ -575,6 +575,27 @@ def test_an_interrupted_experiment_continues(tmp_path):
     assert 10 <= reached(killed) < 40
     subprocess.run(train_command(tmp_path, 'killed'), check=True, capture_output=True)
     assert left_by(killed, read_json(killed / 'result.json')) == undisturbed
+
+
+@pytest.mark.parametrize(
+    'change, said',
+    [
+        (dict(metrics={}), 'has no metric'),
+        (dict(metrics=dict(a=3)), 'metrics has a=3: expected dict'),
+        (dict(metrics=dict(a=dict(mean='high', n=1))), "a has mean='high': expected float"),
+        (dict(metrics=dict(a=dict(mean=0.5))), 'a has no n: expected int'),
+    ],
+)
+def test_a_result_without_what_it_must_have_is_refused(change, said, tmp_path):
+    result = read_json(ROOT / 'runs/hidra_t2/maml_2way_short_seed0/result.json')
+    folder = tmp_path / 'here' / 'this'
+    write_json(folder / 'result.json', result)
+    found = read_result(folder)
+    assert (found['experiment'], found['run']) == ('here', 'this')  # as its folder is called
+    assert found['metrics'] == result['metrics']
+    write_json(folder / 'result.json', result | change)
+    with pytest.raises(BadFile, match=re.escape(said)):
+        read_result(folder)
 
 
 # ---- results that are in git

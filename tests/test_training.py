@@ -648,6 +648,22 @@ def test_every_tensor_of_a_resealed_checkpoint(half_done, train, valid, tmp_path
     record(what, tries=3 * len(names), survived=3 * len(names))
 
 
+def test_a_checkpoint_holds_the_buffers_of_what_is_kept(train, valid, tmp_path):
+    "Of the parameters that validation kept, the statistics as well; the table has every row."
+    run = fitted(train, valid, tmp_path, learner=small(norm='per_step', norm_steps=1))
+    assert run.learner.buffers and len(run.kept) >= 1
+    head, tensors = read_checkpoint(tmp_path)
+    assert [tuple(k) for k in head['kept']] == [k[:2] for k in run.kept]
+    for i, (*_, theta, buffers) in enumerate(run.kept):
+        stored = {f'kept{i}/theta/{k}': v for k, v in theta.items()}
+        stored |= {f'kept{i}/buffers/{k}': v for k, v in buffers.items()}
+        there = {k: v for k, v in tensors.items() if k.startswith(f'kept{i}/')}
+        assert there.keys() == stored.keys() and buffers
+        assert all(torch.equal(v, stored[k]) for k, v in there.items())
+    table = pd.read_csv(tmp_path / 'metrics.csv')
+    assert table.iteration.tolist() == [row['iteration'] for row in run.history]
+
+
 @pytest.fixture(scope='module')
 def half_done(tmp_path_factory, noise_bank):
     "The folder of a training that has kept parameters."
