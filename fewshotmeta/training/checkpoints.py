@@ -284,18 +284,18 @@ def _check_tensors(run, kept, tensors, folder):
                 'choose another folder, or delete it to start anew'
             )
 
-# %% ../../nbs/training/01_checkpoints.ipynb #e23ad92e
+# %% ../../nbs/training/01_checkpoints.ipynb #e23ad92d
 def _check_rows(head, log_every, folder):
     "Refuse a history that no training with a row every so often has. Raises `BadCheckpoint`."
     at, done = [0, *(row['iteration'] for row in head['history'])], head['iteration']
     rises = all(one < next_one for one, next_one in zip(at, at[1:]))
     if not rises or at[-1] > done or log_every and done - at[-1] >= log_every:
         raise BadCheckpoint(
-            f'{folder}/checkpoint.safetensors: its header has rows of the iterations {at[1:]!r:.60} '
+            f'{folder}/checkpoint.safetensors: its header has rows of iterations {at[1:]!r:.60} '
             f'after {done} iterations: delete it to start anew'
         )
 
-
+# %% ../../nbs/training/01_checkpoints.ipynb #e23ad92e
 def load_checkpoint(
     run: Run,  # new, with a learner and an optimizer; is brought to the stored state
     folder: Path,  # of the run
