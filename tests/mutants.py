@@ -2,7 +2,8 @@
 
 `make mutants` makes each mutant in a copy of the repository and runs the tests that reach its line,
 the quickest first. `--write FILE` keeps the outcomes and goes on from them; with `--again` those
-that survived are tried once more. The faults are in mutations.py.
+that survived are tried once more, but for those that survivors.json explains. The faults are in
+mutations.py.
 """
 
 import argparse, compileall, contextlib, importlib, itertools, json
@@ -29,6 +30,7 @@ LEFT_OUT = 'random_moments slurm real smoke wheel bare same_bytes many_processes
 LEFT_OUT += ' interrupted_experiment lacks_characters by_its_name_alone little_memory no_batch_file'
 LEFT_OUT = ' or '.join(LEFT_OUT.split())
 LEAST = 20  # seconds that a test may take at least
+EXPLAINED = json.loads((ROOT / 'tests' / 'survivors.json').read_text())  # why no test finds it
 
 
 # --- copies of the repository
@@ -177,7 +179,8 @@ class Mutation:
         stored = options.write and options.write.exists()
         self.outcomes = json.loads(options.write.read_text()) if stored else {}
         if options.again:
-            self.outcomes = {k: v for k, v in self.outcomes.items() if v.startswith('killed')}
+            found = self.outcomes.items()
+            self.outcomes = {k: v for k, v in found if v.startswith('killed') or k in EXPLAINED}
         self.tests = {}
         self.stored = 0
         self.cache.mkdir()
@@ -278,13 +281,13 @@ class Mutation:
 def report(outcomes):
     "Print the score of each room, and who survived."
     for room in TESTS:
-        found = {name: o for name, o in outcomes.items() if name.startswith(f'{room}:')}
+        found = {name: o for name, o in outcomes.items() if name.startswith(f'{room} ')}
         killed = [o for o in found.values() if o.startswith('killed')]
         if found:
             print(f'{room}: {len(killed)} of {len(found)} killed')
     for name, outcome in outcomes.items():
         if not outcome.startswith('killed'):
-            print(f'{outcome}: {name}')
+            print(f'{outcome}: {name}', f'({EXPLAINED[name]})' if name in EXPLAINED else '')
 
 
 def main():

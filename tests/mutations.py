@@ -17,7 +17,7 @@ COUNTED = {
 }  # fmt: skip
 AS_IT_IS = 'as it is'  # a mutant that must survive
 TRUE, FALSE = ast.Constant(True), ast.Constant(False)
-
+TYPES = {'int', 'float', 'str', 'bool', 'list', 'dict', 'None'}
 
 
 def changed(node, **fields):
@@ -37,6 +37,14 @@ def is_many(node):
     return isinstance(node, ast.Starred | ast.GeneratorExp)
 
 
+def is_union(node):
+    "Whether it is a union of types, whose order means nothing."
+    leaves = {ast.unparse(n) for n in ast.walk(node) if isinstance(n, ast.Name | ast.Constant)}
+    only = all(isinstance(n, ast.BinOp | ast.BitOr | ast.Name | ast.Constant | ast.Load)
+               for n in ast.walk(node))  # fmt: skip
+    return only and not leaves.isdisjoint(TYPES)
+
+
 def of_expression(node):
     "What stands in the place of an expression."
     match node:
@@ -53,7 +61,8 @@ def of_expression(node):
         case ast.Constant(value=int(value) | float(value)):
             return [ast.Constant(value + 1), ast.Constant(value - 1)]
         case ast.BinOp(op=ast.BitOr(), left=left, right=right):
-            return [left, right, changed(node, left=right, right=left)]
+            swapped = [] if is_union(node) else [changed(node, left=right, right=left)]
+            return [left, right, *swapped]
         case ast.BinOp(op=ast.Div(), right=ast.Constant(value=str()) | ast.JoinedStr()):
             return []  # of a path
         case ast.BinOp(op=op) if type(op) in COUNTED:
@@ -70,7 +79,7 @@ def of_statement(node):
     match node:
         case ast.Expr(value=ast.Call()) | ast.Raise() | ast.Break() | ast.Continue():
             return [ast.Pass()]
-        case ast.Return(value=ast.expr() as value) if ast.unparse(value) != 'None':
+        case ast.Return(value=ast.expr() as value) if ast.unparse(value) not in ('None', 'False'):
             return [ast.Return(None)]
         case ast.AugAssign(target=target, value=value):
             return [ast.Assign([target], value, lineno=node.lineno), ast.Pass()]
@@ -145,9 +154,22 @@ def room_file(room):
     return room.replace('.', '/') + '.py'
 
 
+def owners(tree, above=''):
+    "Which function or class each line is in, by its dotted name."
+    held = {}
+    for node in ast.iter_child_nodes(tree):
+        name = above
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            name = f'{above}.{node.name}'.lstrip('.')
+            held |= dict.fromkeys(range(node.lineno, node.end_lineno + 1), name)
+        held |= owners(node, name)
+    return held
+
+
 def mutants_of(room, package):
     "Map what a mutant is to its lines and to what makes its source."
     tree = ast.parse((package / room_file(room)).read_text())
+    owner = owners(tree)
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     inside = set().union(*(range(f.lineno, f.end_lineno + 1) for f in functions))
     found = {f'{room}: {AS_IT_IS}': (room, inside, partial(ast.unparse, tree))}
@@ -155,7 +177,8 @@ def mutants_of(room, package):
         kind = {ast.stmt: of_statement, ast.expr: of_expression}
         makes = next((f for base, f in kind.items() if isinstance(node, base)), of_others)
         for new in makes(node):
-            name = f'{room}:{statement.lineno}: {said(node)} → {said(new)}'
+            place = f'{room} {owner.get(statement.lineno, "top")}'
+            name = f'{place}: {said(node)} → {said(new)}'
             while name in found:
                 name += ' (again)'
             lines = lines_of(statement) if statement.lineno in inside else inside

@@ -7,6 +7,7 @@ import pytest
 from fewshotmeta.lab.parameters import (
     BadParameters,
     Parameter,
+    check_value,
     default_name,
     experiment_file,
     merge_parameters,
@@ -166,11 +167,28 @@ def test_a_number_too_long_to_be_written():
         ([2], '2,10', [2, 10]),
         ([2], '2,', [2]),
         ([2], '7', [7]),
-        ([2], '(2, (3, 4))', [2, [3, 4]]),
+        ([], '(2, (3, 4))', [2, [3, 4]]),
     ],
 )
 def test_lists_as_people_type_them(default, text, value):
     assert parse_value(Parameter('ways', default), text) == value
+
+
+@pytest.mark.parametrize(
+    'default,value,odd',
+    [
+        ([2], [2, 'x'], "'x'"),
+        ([2], [None], 'None'),
+        ([0.5], [True], 'True'),
+        ([1, 0.5], ['null'], "'null'"),
+        ([2], [2, [3]], r'\[3\]'),
+        ([True], [1], '1'),
+        (['a'], ['a', 1], '1'),
+    ],
+)
+def test_items_of_another_kind_are_refused(default, value, odd):
+    with pytest.raises(BadParameters, match=rf'ways=.*: {odd} is not like the items of the def'):
+        check_value(Parameter('ways', default), value)
 
 
 @pytest.mark.parametrize('text', ['a,,b', '[a', '{a,b}', 'a,"b"', '[a,[b]]', '{}'])

@@ -248,7 +248,7 @@ def check_value(
     kind = type(p.default)
     _check_words(p, value)
     if isinstance(value, list) and kind is list:
-        return _alike(p.default, value)
+        return _alike(p, value)
     if p.default is None:
         return value
     converted = _converted(kind, value)
@@ -277,10 +277,19 @@ def _check_words(p, value):
             raise BadParameters(f'{p.name}={word}: expected a finite number')
 
 
-def _alike(default, items):
-    "Return the items of a list in the type of the default's, where they can be had without loss."
-    kinds = _kinds(default)
-    if kinds not in ({int}, {float}):
+def _alike(p, items):
+    "Return the items of a list in the type of the default's. Raises `BadParameters`."
+    kinds = _kinds(p.default)
+    numbers = bool(kinds) and kinds <= {int, float}
+    if not numbers and len(kinds) != 1:  # an empty list, or a mixture: anything goes
+        return items
+    for item in items:
+        if type(item) not in ({int, float} if numbers else kinds):
+            raise BadParameters(
+                f'{p.name}={items!r:.200}: {item!r:.60} is not like the items of the default '
+                f'{p.default!r}; {_FORMS[type(p.default[0])]}'
+            )
+    if len(kinds) != 1:
         return items
     converted = [_converted(*kinds, item) for item in items]
     return [item if new is None else new for item, new in zip(items, converted)]
