@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fewshotmeta.all import *
+from fewshotmeta.training import gradient as gradient_room
 from test_maml import VARIANTS, noise, tiny
 
 
@@ -424,3 +425,23 @@ def test_gradients_get_the_parameters_layout(noise_bank):
         progress=False,
     )
     assert all(p.grad.stride() == p.stride() for p in m.theta.values())
+
+
+def test_a_meta_gradient_keeps_its_recording():
+    "Until something of the learner is another: then it records anew."
+    m, plan, ep = as64(a_maml()), plan_for('cpu', 'graph'), noise(tasks=2)
+
+    def recorder_of_a_right_loss():
+        found = meta_gradient(m, ep, plan=plan).loss
+        torch.testing.assert_close(found, m.meta_loss(ep).loss.mean())
+        return gradient_room._last[0]
+
+    first = recorder_of_a_right_loss()
+    with torch.no_grad():
+        m.theta['head.bias'] += torch.arange(3.0)
+    assert recorder_of_a_right_loss() is first and len(first.graphs) == 1
+    m.inner_lr = 0.1
+    second = recorder_of_a_right_loss()
+    assert second is not first
+    m.theta = {k: (v.detach() + 0.1).requires_grad_() for k, v in m.theta.items()}
+    assert recorder_of_a_right_loss() is not second

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .checks import check_size
+from .banks import of_channels
 
 # %% ../../nbs/data/16_augment.ipynb #c9fe528d
 def crop_boxes(
@@ -55,6 +56,9 @@ def crop(
     return F.grid_sample(x, grid, mode='bilinear', padding_mode='border', align_corners=False)
 
 # %% ../../nbs/data/16_augment.ipynb #f66d5391
+_LUMA = 0.299, 0.587, 0.114  # of red, green and blue in a grey image
+
+
 def jitter(
     x: Tensor,  # images, (n, channels, height, width), float in [0,1]
     factors: Tensor,  # (n, 3): of brightness, contrast, saturation
@@ -64,7 +68,7 @@ def jitter(
     def gray(x):
         if x.shape[1] != 3:
             return x
-        return (x * x.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+        return (x * of_channels(_LUMA, x.dtype, x.device)).sum(1, keepdim=True)
 
     def mix(x, plain, factor):
         return (plain + factor[:, None, None, None] * (x - plain)).clamp(0, 1)

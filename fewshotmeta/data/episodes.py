@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .checks import check_size
-from .banks import ImageBank, draw_grid
+from .banks import ImageBank, draw_grid, of_channels, sent
 
 # %% ../../nbs/data/15_episodes.ipynb #2cb6be62
 @dataclass(frozen=True, eq=False)
@@ -375,9 +375,9 @@ def prepared(
         x = self.augment(x.flatten(0, 1), chance.flatten(0, 1)).unflatten(0, x.shape[:2])
     if self.mean == 0.0 and self.std == 1.0:
         return x
-    mean = torch.as_tensor(self.mean, dtype=torch.float32, device=x.device)
-    std = torch.as_tensor(self.std, dtype=torch.float32, device=x.device)
-    return (x - mean.reshape(-1, 1, 1)) / std.reshape(-1, 1, 1)
+    looks = (tuple(np.ravel(value).tolist()) for value in (self.mean, self.std))
+    mean, std = (of_channels(values, torch.float32, x.device) for values in looks)
+    return (x - mean) / std
 
 
 @patch
@@ -405,20 +405,20 @@ def __getitem__(self: EpisodeSampler, i) -> Episodes:
 @patch
 def _gather(self: EpisodeSampler, index):
     "Make a batch of the episodes of some numbers."
-    device, k = self.bank.images.device, self.k_shot
+    bank, k = self.bank, self.k_shot
     classes, images = self.draw(index)
     chances = None if self.augment is None else self._chances(index)
 
     def side(part):
         "Prepare the support or the query images, class after class."
-        chance = None if chances is None else _flat(chances[:, :, part]).to(device)
-        return self.prepared(_flat(images[:, :, part]).to(device), chance)
+        chance = None if chances is None else sent(_flat(chances[:, :, part]), bank.images)
+        return self.prepared(sent(_flat(images[:, :, part]), bank.images), chance)
 
     def labels(each):
-        of_one = torch.arange(self.n_way, device=device).repeat_interleave(each)
+        of_one = torch.arange(self.n_way, device=bank.images.device).repeat_interleave(each)
         return of_one.repeat(len(images), 1)
 
-    name = self.bank.classes.__getitem__
+    name = bank.classes.__getitem__
     names = tuple(tuple(map(name, own)) for own in classes.tolist())
     query = side(slice(k, None)), labels(self.n_query)
     return Episodes(side(slice(k)), labels(k), *query, names)

@@ -16,6 +16,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..data.banks import sent
 from ..data.episodes import Episodes, check_classes
 from .plans import Plan, active
 
@@ -162,7 +163,8 @@ def __call__(
 ) -> tuple[Tensor, Tensor, list, dict]:  # loss, accuracy, gradients, statistics: overwritten later
     "Replay the graph for this moment, or record it; means over the tasks."
     structure, numbers = self.learner.moment(progress)
-    varying = [*episodes, self.theta[0].new_tensor(numbers), *self.learner.buffers.values()]
+    numbers = sent(torch.tensor(numbers, dtype=self.theta[0].dtype), self.theta[0])
+    varying = [*episodes, numbers, *self.learner.buffers.values()]
     key = structure, n_way, tuple((v.shape, v.dtype) for v in varying)
     if key not in self.graphs:
         _check_ways(episodes, n_way)

@@ -76,31 +76,45 @@ def active() -> Plan:
     "The plan that the layers go by now."
     return _active.get()
 
+# %% ../../nbs/engine/00_plans.ipynb #4e08ecd7
+def _wanted_flags(tf32):
+    "The flags of a GPU's arithmetic: who has each, its name, the value."
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    wanted = [
+        (products, 'allow_tf32', tf32),
+        (convolutions, 'allow_tf32', tf32),
+        (convolutions, 'deterministic', True),
+        (convolutions, 'benchmark', False),
+    ]
+    if hasattr(products, 'fp32_precision'):  # from PyTorch 2.9 on, beside the older ones
+        precision = 'tf32' if tf32 else 'ieee'
+        wanted += [(kind, 'fp32_precision', precision) for kind in (products, convolutions.conv)]
+    return wanted
+
+
+def _flag(owner, name):
+    "The value of a flag; none where PyTorch refuses to say, since a newer one contradicts it."
+    try:
+        return getattr(owner, name)
+    except RuntimeError:
+        return None
+
 
 @contextmanager
 def gpu_arithmetic(
     precision: str,  # 'tf32' allows tf32 in products of float32; anything else forbids it
 ):
     "Set what float32 means on a GPU, and that convolutions repeat; without a GPU, do nothing."
-    if not torch.cuda.is_available():
-        yield
-        return
-    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    tf32 = precision == 'tf32'
-    wanted = (
-        (products, 'allow_tf32', tf32),
-        (convolutions, 'allow_tf32', tf32),
-        (convolutions, 'deterministic', True),
-        (convolutions, 'benchmark', False),
-    )
-    before = [getattr(flags, name) for flags, name, _ in wanted]
-    for flags, name, value in wanted:
-        setattr(flags, name, value)
+    wanted = _wanted_flags(precision == 'tf32') if torch.cuda.is_available() else []
+    before = [(owner, name, _flag(owner, name)) for owner, name, _ in wanted]
     try:
+        for owner, name, value in wanted:
+            setattr(owner, name, value)
         yield
     finally:
-        for (flags, name, _), value in zip(wanted, before):
-            setattr(flags, name, value)
+        for owner, name, value in before:
+            if value is not None:
+                setattr(owner, name, value)
 
 # %% ../../nbs/engine/00_plans.ipynb #9f23b9d0
 @patch
@@ -109,15 +123,40 @@ def run(
     f,  # a function
     *args,  # its arguments
 ):  # `f(*args)`
-    "Call `f`; the layers in it go by this plan."
+    "Call `f`; the layers in it go by this plan. Raises `torch.OutOfMemoryError`."
     token = _active.set(self)
     try:
         if self.workers:
             return f(*args)
         with gpu_arithmetic(self.precision):
             return f(*args)
+    except RuntimeError as e:
+        if not _lacks_memory(e):
+            raise
+        raise torch.OutOfMemoryError(f'{str(e).splitlines()[0]} {self._way_out()}') from e
     finally:
         _active.reset(token)
+
+
+def _lacks_memory(error):
+    "Whether a device or the C library had no memory left, and nobody has said yet what helps."
+    said = str(error)
+    of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said
+    return of_memory and 'Less memory is needed' not in said
+
+
+@patch
+def _way_out(self: Plan):
+    "Say which choices need less memory."
+    ways = []
+    if self.chunk != 1:
+        fewer = (self.chunk or 8) // 2
+        now = f'chunk={self.chunk}' if self.chunk else 'all tasks at once'
+        ways.append(f'with fewer tasks a call (chunk={fewer}, now {now})')
+    if not self.recompute:
+        ways.append('if inner steps are computed again instead of kept (recompute=True)')
+    ways.append('with fewer queries, smaller images or fewer filters')
+    return f'Less memory is needed {", ".join(ways[:-1])}{" or " * (len(ways) > 1)}{ways[-1]}.'
 
 # %% ../../nbs/engine/00_plans.ipynb #3910628e
 @lru_cache

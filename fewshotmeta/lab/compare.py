@@ -22,7 +22,8 @@ from ..data.checks import did_you_mean
 from ..training.evaluation import interval
 from .runs import read_result
 from .published import markdown_table
-from .results import all_results, differing_parameters, nothing_matches, recipe_name
+from .results import HOW_RUN, all_results, differing_parameters, nothing_matches
+from .results import recipe_name
 
 # %% ../../nbs/lab/17_compare.ipynb #c28e2f42
 def task_accuracies(
@@ -63,7 +64,7 @@ def _listed(names):
     return ', '.join(names)
 
 # %% ../../nbs/lab/17_compare.ipynb #578425af
-_MAY_DIFFER = {'seed', 'device', 'plan', 'recompute'}  # not what is computed, but how
+_MAY_DIFFER = {'seed', 'device', *HOW_RUN}  # not what is computed, but how
 
 
 @dataclass(frozen=True)

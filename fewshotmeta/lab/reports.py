@@ -21,7 +21,7 @@ from .parameters import BadParameters, split_name
 from .runs import read_result
 from .published import MISSING, cell_text, markdown_table, published, reference
 from .batches import SCALES, read_batch, scales_of
-from .results import all_results, recipe_name
+from .results import HOW_RUN, all_results, recipe_name
 
 # %% ../../nbs/lab/13_reports.ipynb #61cc34db
 def find_runs(
@@ -93,7 +93,7 @@ def measured(
     return Ours(mean, interval, meaning, tasks, seeds, first['scale'], folders, queries)
 
 # %% ../../nbs/lab/13_reports.ipynb #92c7d1ca
-_MAY_DIFFER = {'seed', 'device', 'plan', 'recompute'}
+_MAY_DIFFER = {'seed', 'device', *HOW_RUN}
 
 
 def _same(results):

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 
 from ..data.checks import check_size, pick
-from ..data.banks import ImageBank
+from ..data.banks import ImageBank, sent
 from ..data.episodes import EpisodeSampler, Episodes, draw_distinct, random_bits
 from .heads import HEAD, HEAD_INITS, init_head
 
@@ -66,11 +66,11 @@ def draw(
 @patch
 def _gather(self: ImageBatches, index):
     "The mini-batches of these numbers, as episodes with no support images."
-    device = self.bank.images.device
-    classes, images = self.draw(index)
-    y = torch.from_numpy(classes).to(device)
-    chances = torch.from_numpy(self._chances(index)).to(device) if self.augment else None
-    x = self._looks.prepared(torch.from_numpy(images).to(device), chances)
+    there = self.bank.images
+    classes, images = map(torch.from_numpy, self.draw(index))
+    y = sent(classes, there)
+    chances = sent(torch.from_numpy(self._chances(index)), there) if self.augment else None
+    x = self._looks.prepared(sent(images, there), chances)
     return Episodes(x[:, :0], y[:, :0], x, y)
 
 

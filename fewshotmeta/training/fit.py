@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,7 +130,11 @@ def gradient(self: _Loop, episodes, progress, n_way):
             warnings.warn(f'{e}; running it instead, which is slower')
             self.plan = plan_for(self.device, 'batched')
             self.records = self.recorder = None
-    return meta_gradient(self.run.learner, episodes, progress, self.plan)
+    learner = self.run.learner
+    if self.late:  # a look at the labels would stop the GPU: the sampler knows
+        learner = copy(learner)
+        learner.ways = n_way
+    return meta_gradient(learner, episodes, progress, self.plan)
 
 # %% ../../nbs/training/04_fit.ipynb #67cff95d
 @patch

@@ -50,7 +50,7 @@ def meta_gradient(
     plan = plan or plan_for(params[0].device, tasks=n)
     if plan.capture:
         n_way = learner.n_way or int(episodes.yq.max()) + 1
-        return replayed_gradient(Recorder(learner, plan), episodes, progress, n_way)
+        return replayed_gradient(_recorder(learner, plan), episodes, progress, n_way)
 
     def part(tasks):
         "The share of one chunk: a sum over its tasks."
@@ -62,6 +62,31 @@ def meta_gradient(
     parts = plan.map(part, plan.chunks(n))
     loss, accuracy, *rest = (sum(column) for column in zip(*(p.tensors() for p in parts)))
     return parts[0].with_tensors([loss / n, accuracy / n, *rest])
+
+# %% ../../nbs/training/00_gradient.ipynb #83132a60
+_last = []  # the recorder of the last call, and the learner's options then
+_NO_OPTION = 'theta', 'buffers', 'card'
+_PLAIN = int, float, str, bool, tuple, type(None)
+
+
+def _recorder(learner, plan):
+    "The last recorder if it is of this learner as it is and of this plan, else a new one."
+    options = {k: v for k, v in vars(learner).items() if k not in _NO_OPTION}
+    if _last and _records(*_last, learner, plan, options):
+        return _last[0]
+    _last[:] = Recorder(learner, plan), options
+    return _last[0]
+
+
+def _records(recorder, before, learner, plan, options):
+    "Whether a recorder is of a learner with these options, its parameters where they lay then."
+    if recorder.learner is not learner or recorder.plan != plan or before.keys() != options.keys():
+        return False
+    theta = list(learner.theta.values())
+    if len(theta) != len(recorder.theta) or any(a is not b for a, b in zip(theta, recorder.theta)):
+        return False
+    pairs = [(v, options[k]) for k, v in before.items()]
+    return all(a is b or type(a) in _PLAIN and a == b for a, b in pairs)
 
 # %% ../../nbs/training/00_gradient.ipynb #83132a5f
 def replayed_gradient(
