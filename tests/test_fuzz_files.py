@@ -252,6 +252,7 @@ def test_checkpoints(stored_run, data):
 
 RUNS = {'tensors': None, 'config.iterations': None, 'history': [7], 'history.0.loss': 'x'}
 RUNS |= {'history  ': [], 'pending': [7], 'kept': [['x', 1]], 'iteration': -1, 'iteration ': 2**70}
+RUNS |= {'calls': 0, 'calls ': -2, 'calls  ': 'x'}
 
 
 @pytest.mark.parametrize('path', RUNS)

@@ -797,6 +797,72 @@ def test_a_checkpoint_without_validation_losses(train, valid, tmp_path, stopped)
     again.plot()
 
 
+# ---- the plan that is chosen
+def case_of(tasks, size=28, filters=64, images=(5, 75), **net):
+    "A learner and a meta-batch without numbers."
+    learner = MAML(conv4(size=size, filters=filters, **net), 5)
+    xs, xq = (torch.empty(tasks, n, 1, size, size, device='meta') for n in images)
+    ys, yq = (torch.empty(tasks, n, dtype=torch.int64, device='meta') for n in images)
+    return learner, Episodes(xs, ys, xq, yq)
+
+
+@pytest.mark.parametrize(
+    'tasks,cores,chunk,case',
+    [
+        (16, 2, 4, {}),
+        (8, 2, 4, {}),
+        (5, 2, 3, {}),
+        (2, 2, 1, {}),
+        (32, 2, 6, {}),
+        (16, 8, 2, {}),
+        (16, 64, 1, {}),
+        (16, 2, 8, dict(filters=32)),
+        (4, 2, 1, dict(size=84, filters=48)),
+        (8, 2, 4, dict(images=(20, 100))),
+        (16, 2, 1, dict(norm='affine_only')),  # PyTorch's convolutions, task by task
+        (16, 2, 1, dict(filters=40)),
+    ],
+)
+def test_tasks_share_calls(tasks, cores, chunk, case, monkeypatch):
+    monkeypatch.setattr('fewshotmeta.training.gradient.available_cores', lambda: cores)
+    plan = plan_of(*case_of(tasks, **case))
+    assert plan.chunk == chunk
+    assert len(plan.chunks(tasks)) >= min(tasks, cores) or chunk * cores > tasks
+    assert plan_of(*case_of(tasks, **case), calls=tasks).chunk == 1
+
+
+def test_without_the_kernels_each_task_has_its_call(monkeypatch):
+    monkeypatch.setattr('fewshotmeta.learners.backbones.library', lambda dtype: None)
+    assert plan_of(*case_of(16)).chunk == 1
+
+
+def on_cores(n, monkeypatch):
+    for room in 'fit', 'gradient':
+        monkeypatch.setattr(f'fewshotmeta.training.{room}.available_cores', lambda: n)
+
+
+def test_a_run_that_is_continued_on_other_cores(train, valid, tmp_path, stopped, monkeypatch):
+    "Tasks share calls as they did where it began, so it ends in the same bytes."
+    on_cores(2, monkeypatch)
+    stopped(13, lambda: fitted(train, valid, tmp_path, meta_batch=8))
+    whole = fitted(train, valid, meta_batch=8)
+    on_cores(4, monkeypatch)
+    assert not same(fitted(train, valid, meta_batch=8).learner, whole.learner)
+    again = fitted(train, valid, tmp_path, meta_batch=8)
+    assert same(again.learner, whole.learner) and again.calls == 2
+
+
+def test_a_checkpoint_of_one_task_a_call(train, valid, tmp_path, stopped):
+    "As earlier versions wrote them: they did not say so."
+    plan = plan_for('cpu', 'threads')
+    stopped(13, lambda: fitted(train, valid, tmp_path, plan=plan, meta_batch=8))
+    head, tensors = read_checkpoint(tmp_path)
+    del head['calls']
+    save_tensors(tmp_path / 'checkpoint.safetensors', 'run', head, tensors)
+    whole = fitted(train, valid, plan=plan, meta_batch=8).learner
+    assert same(fitted(train, valid, tmp_path, meta_batch=8).learner, whole)
+
+
 # ---- rows for the user
 def test_each_row_is_handed_on_when_it_is_complete(train, valid, tmp_path):
     rows = []

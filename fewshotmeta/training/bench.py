@@ -30,6 +30,8 @@ from .timing import Meter, conv_ceiling, interleaved, peak_memory
 PAIRS = [
     ('ours', True),
     ('ours', False),
+    ('ours, threads', True),
+    ('ours, threads', False),
     ('ours, together', True),
     ('ours, together', False),
     ('ours, bf16', True),
@@ -48,6 +50,7 @@ ON_GPU = [(name, False) for name in CANDIDATES]
 WEIGHED = [  # whose memory is measured
     ('ours', True),
     ('ours', False),
+    ('ours, threads', False),
     ('ours, together', False),
     ('ours, recomputed', True),
     ('ours, recomputed', False),

@@ -8,7 +8,7 @@ __all__ = ['CANDIDATES', 'PEERS', 'Candidate', 'plain_net', 'keep_query_graphs']
 # %% ../../nbs/training/06_candidates.ipynb #802d21ec
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,7 +19,7 @@ from ..engine.plans import Plan, plan_for
 from ..engine.capture import Recorder
 from ..learners.modules import from_module
 from ..learners.maml import to_dtype
-from .gradient import meta_gradient
+from .gradient import meta_gradient, plan_of
 from .evaluation import shared_pixels
 from .cases import Case, METHODS
 
@@ -65,11 +65,13 @@ def _adapting(learner, episodes, plan):
 
 
 def _ours(case, device, **options):
-    "Our learner, under the plan for the device with these options of `plan_for`."
+    "Our learner, under the plan that is chosen with these changes, or under a named one."
     learner = to_dtype(case.learner(), torch.float32, device)
-    episodes, plan = case.episodes(device), plan_for(device, **options)
+    episodes = case.episodes(device)
     if case.adapt:
-        return _adapting(learner, episodes, plan)
+        return _adapting(learner, episodes, plan_for(device, **options))
+    named = 'name' in options
+    plan = plan_for(device, **options) if named else replace(plan_of(learner, episodes), **options)
     return _training(learner, episodes, plan, case.n_way)
 
 # %% ../../nbs/training/06_candidates.ipynb #485ff2a6
@@ -172,8 +174,9 @@ def _higher(case, device):
 _LIBRARY = dict(methods=('maml', 'first_order'), adapts=False)
 
 CANDIDATES = {
-    'ours': Candidate(_ours),  # the plan that `plan_for` chooses
-    # four tasks a call
+    'ours': Candidate(_ours),  # the plan that is chosen
+    # one task a call, and four
+    'ours, threads': Candidate(partial(_ours, name='threads'), gpu=False, adapts=False),
     'ours, together': Candidate(partial(_ours, name='together'), gpu=False, adapts=False),
     'ours, bf16': Candidate(partial(_ours, precision='bf16')),  # convolutions in bf16
     'ours, loop': Candidate(partial(_ours, name='loop'), gpu=False),  # no worker threads

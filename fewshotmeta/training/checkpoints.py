@@ -39,6 +39,7 @@ class Run:
     kept: list = field(default_factory=list)  # best (val accuracy, iteration, theta, buffers)
     pending: list = field(default_factory=list)  # (loss, accuracy) of the last `log_every`
     seconds: float = 0.0  # of training, over all its parts
+    calls: int = 1  # into which a meta-batch is cut at least, where a CPU's plan is chosen
 
     @property
     def best(self) -> float | None:
@@ -163,6 +164,7 @@ def save_checkpoint(
         history=run.history,
         pending=[[float(v) for v in row] for row in run.pending],
         seconds=run.seconds,
+        calls=run.calls,
         kept=[k[:2] for k in run.kept],
     )
     save_tensors(Path(folder) / 'checkpoint.safetensors', 'run', head, tensors)
@@ -196,9 +198,13 @@ def read_checkpoint(
 
 # %% ../../nbs/training/01_checkpoints.ipynb #d9e41c61
 _HEAD = dict(config=dict, iteration=int, history=list, pending=list, seconds=float, kept=list)
+_HEAD |= dict(calls=int | None)
 _NUMBER = float | int
 _ROW = dict(iteration=int, loss=_NUMBER, accuracy=_NUMBER, lr=_NUMBER, seconds=_NUMBER)
 _ROW |= dict(val_accuracy=_NUMBER | None, val_loss=_NUMBER | None)
+
+
+_ONE_A_TASK = 2**30  # calls, more than any meta-batch has tasks: what earlier versions made
 
 
 def _check_head(path, head):
@@ -214,6 +220,8 @@ def _check_head(path, head):
             raise BadFile(f'{where} has {name}={head[name]!r:.60}, no list of pairs')
     if not 0 <= head['iteration'] < 2**53:
         raise BadFile(f'{where} has iteration={head["iteration"]}, no number of iterations')
+    if not 0 < head.setdefault('calls', _ONE_A_TASK) < 2**53:
+        raise BadFile(f'{where} has calls={head["calls"]}, no number of calls')
 
 
 def _is_pair(value):
@@ -315,7 +323,7 @@ def load_checkpoint(
     device = next(iter(run.learner.theta.values())).device
     _check_tensors(run, len(head['kept']), tensors, folder)
     _restore(run, tensors, device)
-    for name in ('iteration', 'history', 'pending', 'seconds'):
+    for name in ('iteration', 'history', 'pending', 'seconds', 'calls'):
         setattr(run, name, head[name])
     for row in run.history:
         row.setdefault('val_loss', None)  # earlier versions had no such column

@@ -20,11 +20,11 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from ..data.episodes import EpisodeSampler, check_classes
-from ..engine.plans import Plan, plan_for
+from ..engine.plans import Plan, available_cores, plan_for
 from ..engine.capture import CannotRecord, Recorder
 from ..engine.ranks import Ranks
 from ..learners.cards import Card, training_facts
-from .gradient import meta_gradient, replayed_gradient
+from .gradient import meta_gradient, plan_of, replayed_gradient
 from .checkpoints import BadCheckpoint, Run, load_checkpoint, note_progress
 from .checkpoints import plain_value, read_checkpoint, read_progress
 from .checkpoints import save_checkpoint
@@ -134,7 +134,8 @@ def gradient(self: _Loop, episodes, progress, n_way):
     if self.late:  # a look at the labels would stop the GPU: the sampler knows
         learner = copy(learner)
         learner.ways = n_way
-    return meta_gradient(learner, episodes, progress, self.plan)
+    plan = self.plan or plan_of(learner, episodes, self.run.calls)
+    return meta_gradient(learner, episodes, progress, plan)
 
 # %% ../../nbs/training/04_fit.ipynb #67cff95d
 @patch
@@ -416,7 +417,7 @@ def fit(
     checkpoint=None,  # a folder for checkpoint.safetensors and metrics.csv; continues from it
     save_every: int = 500,  # iterations between checkpoints
     log_every: int = 50,  # iterations between rows of the metrics
-    plan: Plan | None = None,  # how tasks are run; none: by device
+    plan: Plan | None = None,  # how tasks are run; none: `plan_of` chooses
     optimizer: str = 'adam',  # of the outer loop, a name in `OPTIMIZERS`
     task_loss: str = 'mean',  # over the tasks of a meta-batch: 'mean', 'sum' (before clipping)
     progress: bool = True,  # show a progress bar
@@ -455,7 +456,8 @@ def _fitted(learner, train, valid, settings, checkpoint, progress, log):
             f'{type(learner).__name__} has no parameter to train (are all of its network frozen?): '
             'evaluate it as it is, or leave some with requires_grad'
         )
-    run = Run(learner, OPTIMIZERS[settings.optimizer](params, settings.meta_lr, settings.betas))
+    optimizer = OPTIMIZERS[settings.optimizer](params, settings.meta_lr, settings.betas)
+    run = Run(learner, optimizer, calls=available_cores())
     config = settings.config(learner, train, valid)
     ranks = Ranks()
     ranks.check_device(params[0].device)

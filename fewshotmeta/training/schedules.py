@@ -158,7 +158,7 @@ class TrainingSettings:
     select: str  # which parameters to keep
     save_every: int  # iterations between checkpoints
     log_every: int  # iterations between rows of the metrics
-    plan: Plan | None  # how tasks are run; none: by device
+    plan: Plan | None  # how tasks are run; none: `plan_of` chooses
     optimizer: str  # a name in `OPTIMIZERS`
     task_loss: str  # over the tasks of a meta-batch: 'mean', 'sum'
     momentum: float = 0.1  # with which stored statistics follow those of an iteration
