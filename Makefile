@@ -23,7 +23,7 @@ FLAGS := $(if $(FEWSHOTMETA_DATA),--flags data,)
 
 PORT ?= 8000
 
-.PHONY: run test test-site lab clean readme docs docs-serve reliability fuzz mutants
+.PHONY: run test test-site lab clean readme docs docs-serve reliability fuzz mutants bench
 .PHONY: clean-check export-check readme-check notebooks pytest
 .DEFAULT_GOAL := run
 
@@ -66,6 +66,23 @@ fuzz: $(READY)
 # (Two hours. A run that is broken off goes on where it was.)
 mutants: $(READY)
 	$(ONE_THREAD) $(BIN)/python tests/mutants.py --workers 2 --write runs/reliability/mutants.json
+
+# every case and candidate of the bench (forty minutes on a machine that does nothing else)
+bench: $(VENV)/.peers
+	$(BIN)/fewshotmeta bench --rounds 5
+
+# learn2learn and higher; the C files of learn2learn's package do not build from Python 3.11 on and
+# are made anew
+L2L := learn2learn-0.2.0
+$(VENV)/.peers: $(READY)
+	$(PIP) higher==0.2.1 'cython<3.1' 'setuptools<80' wheel scipy gym requests 'numpy>=2'
+	$(PIP) --no-deps --no-build-isolation qpth==0.0.16
+	$(BIN)/pip download -q --no-deps --no-binary :all: --no-build-isolation -d $(VENV)/peers \
+	  $(subst -,==,$(L2L))
+	tar xf $(VENV)/peers/$(L2L).tar.gz -C $(VENV)/peers
+	$(BIN)/cython -3 $(VENV)/peers/$(L2L)/learn2learn/data/*.pyx
+	$(PIP) --no-deps --no-build-isolation $(VENV)/peers/$(L2L)
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist _docs _proc .pytest_cache *.egg-info

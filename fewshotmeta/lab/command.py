@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import fewshotmeta
-from ..data.files import BadFile, cache_folder, data_root, digest_of
+from ..data.files import BadFile, cache_folder, data_root, digest_of, write_json
 from ..data.checks import check_size
 from .parameters import BadParameters, default_name, experiment_file
 from .parameters import experiment_files, merge_parameters, parse_value
@@ -546,7 +546,11 @@ def _add_bench(subcommands):
     bench.add_argument('--cases', default='*', metavar='PATTERN', help=cases)
     rounds = 'how often each case is timed (default: 7)'
     bench.add_argument('--rounds', type=int, default=7, help=rounds)
-    bench.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
+    bench.add_argument('--device', default='cpu', help='cpu, cuda or cuda:1 (default: cpu)')
+    only = 'only the candidates whose names match (default: all)'
+    bench.add_argument('--only', nargs='+', default=['*'], metavar='PATTERN', help=only)
+    without = 'leave out the candidates whose names match (default: none)'
+    bench.add_argument('--without', nargs='+', default=[], metavar='PATTERN', help=without)
     memory = 'leave the memory out (default: measure it)'
     bench.add_argument('--no-memory', action='store_true', help=memory)
     curves = 'leave the learning curves out (default: draw them)'
@@ -554,13 +558,20 @@ def _add_bench(subcommands):
     quick = 'only see whether it runs (default: time it)'
     bench.add_argument('--quick', action='store_true', help=quick)
 
-
+# %% ../../nbs/lab/20_command.ipynb #88bb3e69
 def _bench(args):
     import torch
     from fewshotmeta.training.bench import bench, save_bench
     from fewshotmeta.training.targets import show_targets
 
-    _check_bench(args, torch.cuda.is_available())
+    _check_bench(args)
+    kind = torch.device(args.device).type
+    out = Path(args.out or runs_folder() / 'speed' / kind)
+    made_by = dict(provenance=dict(device=device_name(kind == 'cuda'), **provenance()))
+
+    def keep(result):
+        write_json(out / 'bench.part.json', result | made_by)
+
     result = bench(
         args.cases,
         args.rounds,
@@ -569,23 +580,25 @@ def _bench(args):
         args.quick,
         args.device,
         partial(print, flush=True),
+        tuple(args.only),
+        tuple(args.without),
+        keep,
     )
-    device = device_name(args.device == 'cuda')
-    result |= dict(provenance=dict(device=device, **provenance()))
-    out = args.out or runs_folder() / 'speed' / torch.device(args.device).type
+    result |= made_by
     save_bench(result, out)
+    (out / 'bench.part.json').unlink()
     print(f'\n{show_targets(result)}\n\n{os.path.relpath(out)}/bench.json and bench.png')
 
 # %% ../../nbs/lab/20_command.ipynb #ac1c1a57
-def _check_bench(args, has_gpu):
-    "Refuse a bench that cannot be made, or that would replace the whole one by a part."
+def _check_bench(args):
+    "Refuse a bench that would replace the whole one by a part."
     check_size('rounds', args.rounds, 1)
-    part = args.quick or args.cases != '*' or args.no_memory or args.no_curves
+    some = args.cases != '*' or args.only != ['*'] or args.without
+    part = args.quick or some or args.no_memory or args.no_curves
     if part and not args.out:
         way = 'say where it goes with --out FOLDER'
         raise ValueError(f'a part of the bench does not replace the whole one: {way}')
-    if args.device == 'cuda' and not has_gpu:
-        raise ValueError('device=cuda, but PyTorch sees no GPU: use --device cpu')
+
 
 # %% ../../nbs/lab/20_command.ipynb #60d9c3be
 _SHELLS = 'bash', 'zsh', 'fish', 'tcsh', 'powershell'

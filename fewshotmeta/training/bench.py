@@ -76,6 +76,8 @@ def _peak_bytes(case, name, keep, rounds, device):
 def _line_of(row):
     "What the bench says of a row."
     name = row['candidate'] + (', kept memory' if row['kept_memory'] else '')
+    if 'failed' in row:
+        return f'{row["case"]:28s} {name:38s} failed: {row["failed"]}'
     text = (
         f'{row["case"]:28s} {name:38s} {row["ms"]:8.0f} ms ({row["q1"]:.0f}-{row["q3"]:.0f})'
         f'  {row["tasks_per_second"]:8.1f} tasks/s  {100 * row["share"]:3.0f} % of the ceiling'
@@ -83,17 +85,26 @@ def _line_of(row):
     return text + (f'  {row["peak_bytes"] / 2**20:6.0f} MB' if row['peak_bytes'] else '')
 
 # %% ../../nbs/training/08_bench.ipynb #9da8a89a
-def _measure(case, pairs, rounds, memory, device, ceiling, say):
+def _row(case, name, keep, seconds, ceilings):
+    "A row of the result: what was measured, or why nothing was."
+    row = dict(case=case.name, candidate=name, kept_memory=keep, work=case.work(), tasks=case.tasks)
+    if isinstance(seconds, Exception):
+        said = str(seconds).splitlines() or ['']
+        return row | dict(failed=f'{type(seconds).__name__}: {said[0]:.200}')
+    row |= dict(**_spread(seconds), peak_bytes=None)
+    row['tasks_per_second'] = 1e3 * case.tasks / row['ms']
+    ceiling = ceilings[CANDIDATES[name].precision]
+    return row | dict(share=case.work() / ceiling / (row['ms'] / 1e3))
+
+
+def _measure(case, pairs, rounds, memory, device, ceilings, say):
     "The rows of one case, each said as it comes."
     runs = [(name, keep) for name, keep in pairs if CANDIDATES[name].can_run(case, device)]
     times = interleaved(runs, case, rounds, min(1, rounds - 1), device)
     rows = []
     for (name, keep), seconds in times.items():
-        row = dict(case=case.name, candidate=name, kept_memory=keep, **_spread(seconds))
-        row['tasks_per_second'] = 1e3 * case.tasks / row['ms']
-        row['share'] = case.work() / ceiling / (row['ms'] / 1e3)
-        row |= dict(work=case.work(), tasks=case.tasks, peak_bytes=None)
-        if memory and (name, keep) in WEIGHED:
+        row = _row(case, name, keep, seconds, ceilings)
+        if memory and (name, keep) in WEIGHED and 'failed' not in row:
             row['peak_bytes'] = _peak_bytes(case, name, keep, rounds, device)
         say(_line_of(row))
         rows.append(row)
@@ -108,16 +119,15 @@ CURVES = dict(
     n_query=(1, 5, 10, 15),
     size=(28, 42, 56, 84),
 )
+_LEAST = 0.5  # seconds that a point of a curve is measured for, each time
 
 
 def _line(xs, ys):
-    "Least squares: slope, intercept, R²."
+    "Least squares: slope and intercept."
     mx, my = statistics.mean(xs), statistics.mean(ys)
     width = sum((x - mx) ** 2 for x in xs)
     slope = sum((x - mx) * (y - my) for x, y in zip(xs, ys)) / width
-    left = sum((y - my - slope * (x - mx)) ** 2 for x, y in zip(xs, ys))
-    spread = sum((y - my) ** 2 for y in ys) or 1.0
-    return dict(slope=slope, intercept=my - slope * mx, r2=1 - left / spread)
+    return dict(slope=slope, intercept=my - slope * mx)
 
 # %% ../../nbs/training/08_bench.ipynb #1ac68d33
 def _curve(what, values, base, rounds, device):
@@ -127,7 +137,7 @@ def _curve(what, values, base, rounds, device):
     with Meter(keep=True) as meter:
         for i in range(rounds + 1):
             for case in cases:
-                one = meter.seconds('ours', case, device)
+                one = meter.seconds('ours', case, device, _LEAST)
                 if i:  # the first round is not counted
                     seconds[case].append(one)
     ms = [1e3 * statistics.median(seconds[case]) for case in cases]
@@ -143,7 +153,7 @@ def _curves(rounds, device, say):
     for what, values in CURVES.items():
         start = replace(base, tasks=2) if what == 'size' else base
         curves[what] = line = _curve(what, values, start, rounds, device)
-        say(f'cost against {line["what"]}: {line["slope"]:.3g} ms each, R² {line["r2"]:.4f}')
+        say(f'cost against {line["what"]}: {line["slope"]:.3g} ms each')
     return curves
 
 # %% ../../nbs/training/08_bench.ipynb #a956aa06
@@ -192,6 +202,34 @@ def _chosen(cases, quick):
         raise ValueError(f'no case matches {cases!r}: they are {names}')
     return chosen
 
+
+def _candidates(pairs, only, without):
+    "Those of the candidates that one of the patterns matches, and none of the others."
+
+    def matches(name, patterns):
+        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+    names = dict.fromkeys(name for name, _ in pairs)
+    for pattern in (*only, *without):
+        if not matches(pattern, names) and not any(matches(name, [pattern]) for name in names):
+            raise ValueError(f'no candidate matches {pattern!r}: they are {"; ".join(names)}')
+    chosen = [name for name in names if matches(name, only) and not matches(name, without)]
+    if not chosen:
+        raise ValueError(f'only {only} without {without} leaves no candidate')
+    return [(name, keep) for name, keep in pairs if name in chosen]
+
+
+def _check_device(device):
+    "Refuse a device that the bench cannot time, or that is not there."
+    kind = torch.device(device)
+    if kind.type not in ('cpu', 'cuda'):
+        raise ValueError(f'device={device}: the bench knows cpu and cuda, and times no other')
+    found = torch.cuda.device_count()
+    if kind.type == 'cuda' and not found:
+        raise ValueError(f'device={device}, but PyTorch sees no GPU: use device cpu')
+    if kind.type == 'cuda' and (kind.index or 0) >= found:
+        raise ValueError(f'device={device}, but PyTorch sees {found} GPUs: cuda:0 is the first')
+
 # %% ../../nbs/training/08_bench.ipynb #94df8480
 def bench(
     cases: str = '*',  # names of cases to run, a pattern
@@ -199,36 +237,51 @@ def bench(
     memory: bool = True,  # measure peak memory, in a fresh process each
     curves: bool = True,  # measure how the cost grows
     quick: bool = False,  # a look whether everything runs: one small case, one round
-    device: str = 'cpu',  # or 'cuda'
+    device: str = 'cpu',  # or 'cuda', 'cuda:1'
     say=print,  # is told each line as it comes
+    only: tuple = ('*',),  # names of candidates to run, patterns
+    without: tuple = (),  # names of candidates to leave out, patterns
+    after_each=None,  # is called with the result so far after each case
 ) -> dict:  # everything measured; `save_bench` writes it
-    "Time our plans and the peers on every case, in turns."
-    chosen, cores, cpu = (
-        _chosen(cases, quick),
-        available_cores(),
-        torch.device(device).type == 'cpu',
-    )
-    ceiling = conv_ceiling(device)
-    where = f' on {cores} cores' if cpu else ''
-    say(f'ceiling of the convolutions: {ceiling:.0f} GFLOP/s{where}')
-    few, rows = [('ours', cpu), ('ours, recomputed', cpu)], []
+    "Time our plans and the peers on every case, in turns. Raises `ValueError`."
+    _check_device(device)
+    chosen, cpu = _chosen(cases, quick), torch.device(device).type == 'cpu'
+    pairs = _candidates(PAIRS if cpu else ON_GPU, only, without)
+    result = _begun(device, chosen, pairs, say)
     for case in chosen:
-        pairs, n = (PAIRS if cpu else ON_GPU), rounds
+        some, n = pairs, rounds
         if quick or case in LONG:
-            pairs, n = few, 1
-        rows += _measure(case, pairs, n, memory and not quick, device, ceiling, say)
-    result = dict(device=device, cores=cores, ceiling=ceiling, rows=rows, curves={})
+            some, n = [p for p in pairs if p in (('ours', cpu), ('ours, recomputed', cpu))], 1
+        weigh = memory and not quick
+        result['rows'] += _measure(case, some, n, weigh, device, result['ceilings'], say)
+        if after_each:
+            after_each(result)
     if curves and not quick:
         result['curves'] = _curves(max(2, rounds - 2), device, say)
-    result |= dict(cases=[asdict(case) for case in chosen], torch=torch.__version__)
     result['episodes_seconds'] = _episode_share()
     return result if quick else result | _start_up()
 
+
+def _begun(device, cases, pairs, say):
+    "A result without rows: the machine's ceilings, in each arithmetic that a candidate has."
+    cores, ceilings = available_cores(), {}
+    where = f' on {cores} cores' if torch.device(device).type == 'cpu' else ''
+    for precision in dict.fromkeys(['float32', *(CANDIDATES[name].precision for name, _ in pairs)]):
+        ceilings[precision] = conv_ceiling(device, precision)
+        say(f'ceiling of {precision} convolutions: {ceilings[precision]:.0f} GFLOP/s{where}')
+    made = dict(device=device, cores=cores, ceilings=ceilings, rows=[], curves={})
+    return made | dict(cases=[asdict(case) for case in cases], torch=torch.__version__)
+
 # %% ../../nbs/training/08_bench.ipynb #11ecf794
 #| code-fold: true
+def _ceiling(result):
+    "GFLOP/s in float32; earlier results have no other."
+    return result['ceilings']['float32'] if 'ceilings' in result else result['ceiling']
+
+
 def _bars(ax, result, name):
     "Milliseconds of every candidate on one case."
-    rows = [row for row in result['rows'] if row['case'] == name]
+    rows = [row for row in result['rows'] if row['case'] == name and 'failed' not in row]
     labels, colours, spread = [], [], ([], [])
     for row in rows:
         labels.append(row['candidate'] + (' (kept)' if row['kept_memory'] else ''))
@@ -236,7 +289,8 @@ def _bars(ax, result, name):
         spread[0].append(max(0, row['ms'] - row['q1']))
         spread[1].append(max(0, row['q3'] - row['ms']))
     ax.barh(labels, [row['ms'] for row in rows], color=colours, xerr=spread)
-    ax.axvline(1e3 * rows[0]['work'] / result['ceiling'], color='tab:red', lw=1)
+    ceiling = _ceiling(result)
+    ax.axvline(1e3 * rows[0]['work'] / ceiling, color='tab:red', lw=1)
     ax.invert_yaxis()
     ax.set_title(f'{name}; red: the floor', fontsize=8)
     ax.set_xlabel('ms per meta-iteration', fontsize=7)
@@ -248,7 +302,7 @@ def _cost(ax, curve):
     ax.plot(curve['values'], curve['ms'], 'o', ms=4)
     ends = [0, max(curve['values'])]
     ax.plot(ends, [curve['intercept'] + curve['slope'] * x for x in ends], lw=1)
-    ax.set_title(f'{curve["slope"]:.3g} ms each, R² {curve["r2"]:.4f}', fontsize=8)
+    ax.set_title(f'{curve["slope"]:.3g} ms each', fontsize=8)
     ax.set_xlabel(curve['what'].replace('_', ' '), fontsize=7)
     ax.set_ylim(0)
     ax.tick_params(labelsize=6)
@@ -262,7 +316,7 @@ def plot_bench(
     "Draw the milliseconds of each candidate, and how the cost grows."
     import matplotlib.pyplot as plt
 
-    every = dict.fromkeys(row['case'] for row in result['rows'])
+    every = dict.fromkeys(row['case'] for row in result['rows'] if 'failed' not in row)
     trained = {case.name for case in CASES}
     names = [name for name in every if name in trained] or list(every)
     curves = list(result['curves'].values())

@@ -34,6 +34,7 @@ class Candidate:
     adapts: bool = True  # knows adaptation alone
     methods: tuple = tuple(METHODS)  # that it knows
     package: str = ''  # that must be installed; '': none
+    precision: str = 'float32'  # of its convolutions
 
     def can_run(self, case: Case, device: str = 'cpu') -> bool:
         "Say whether it is installed and knows the case and the device."
@@ -178,7 +179,8 @@ CANDIDATES = {
     # one task a call, and four
     'ours, threads': Candidate(partial(_ours, name='threads'), gpu=False, adapts=False),
     'ours, together': Candidate(partial(_ours, name='together'), gpu=False, adapts=False),
-    'ours, bf16': Candidate(partial(_ours, precision='bf16')),  # convolutions in bf16
+    # convolutions in bf16
+    'ours, bf16': Candidate(partial(_ours, precision='bf16'), precision='bf16'),
     'ours, loop': Candidate(partial(_ours, name='loop'), gpu=False),  # no worker threads
     'ours, plain': Candidate(partial(_ours, name='plain')),  # no C
     'ours, batched': Candidate(partial(_ours, name='batched')),  # all tasks in one call
@@ -187,7 +189,7 @@ CANDIDATES = {
     'ours, im2col': Candidate(partial(_ours, conv='im2col'), cpu=False),
     # the recorded meta-iteration compiled
     'ours, inductor': Candidate(partial(_ours, capture='inductor'), cpu=False, adapts=False),
-    'ours, tf32': Candidate(partial(_ours, precision='tf32'), cpu=False),
+    'ours, tf32': Candidate(partial(_ours, precision='tf32'), cpu=False, precision='tf32'),
     'plain loop': Candidate(partial(_plain, chunk=1)),
     'plain loop, one graph': Candidate(partial(_plain, chunk=None), adapts=False),
     'learn2learn': Candidate(_learn2learn, package='learn2learn', **_LIBRARY),

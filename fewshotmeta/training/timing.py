@@ -10,12 +10,14 @@ import importlib
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 from ..engine.plans import available_cores, gpu_arithmetic, keep_memory
 from ..engine.layers import channels_last
@@ -23,7 +25,7 @@ from .cases import Case
 from .candidates import CANDIDATES
 
 # %% ../../nbs/training/07_timing.ipynb #56bdca5f
-@lru_cache(64)
+@lru_cache(64)  # of one case: its process ends with it, and with that a GPU's graphs
 def _prepared(name, case, device):
     return CANDIDATES[name].prepare(case, device)
 
@@ -46,14 +48,16 @@ def _wait_for(device):
     return torch.cuda.synchronize if torch.device(device).type == 'cuda' else _no_wait
 
 
-def _seconds(name, case, device):
-    "One run, in seconds; a GPU is waited for."
-    run, wait = _prepared(name, case, device), _wait_for(device)
+def _seconds(name, case, device, least=0.0):
+    "One run, in seconds; or the mean of as many as last so long. A GPU is waited for."
+    run, wait, n = _prepared(name, case, device), _wait_for(device), 0
     wait()
     start = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - start
+    while not n or time.perf_counter() - start < least:
+        run()
+        wait()
+        n += 1
+    return (time.perf_counter() - start) / n
 
 # %% ../../nbs/training/07_timing.ipynb #25545c97
 def _resident(field):
@@ -88,8 +92,19 @@ class Meter:
     ):
         # in this notebook the functions are the notebook's, unknown to another process
         self.room = importlib.import_module('fewshotmeta.training.timing')
-        context = get_context('spawn')
-        self.pool = ProcessPoolExecutor(1, context, self.room._start, (keep,))
+        self.keep = keep
+        self._begin()
+
+    def _begin(self):
+        self.pool = ProcessPoolExecutor(1, get_context('spawn'), self.room._start, (self.keep,))
+
+    def _ask(self, *job):
+        "What a function gives in the process; one that has ended makes room for another."
+        try:
+            return self.pool.submit(*job).result()
+        except BrokenProcessPool as e:
+            self._begin()
+            raise RuntimeError(f'the process that measured {job[1]!r} ended: out of memory?') from e
 
     def __enter__(self):
         return self
@@ -97,23 +112,28 @@ class Meter:
     def __exit__(self, *_):
         self.pool.shutdown()
 
-    def seconds(
-        self,
-        name: str,  # a key of `CANDIDATES`
-        case: Case,
-        device: str = 'cpu',
-    ) -> float:
-        "Run a candidate once, and say how long that took."
-        return self.pool.submit(self.room._seconds, name, case, device).result()
+# %% ../../nbs/training/07_timing.ipynb #351fa4f4
+@patch
+def seconds(
+    self: Meter,
+    name: str,  # a key of `CANDIDATES`
+    case: Case,
+    device: str = 'cpu',
+    least: float = 0.0,  # seconds that it runs at least, again and again
+) -> float:
+    "Run a candidate, and say how long one run took."
+    return self._ask(self.room._seconds, name, case, device, least)
 
-    def peak(
-        self,
-        name: str,  # a key of `CANDIDATES`, new to this process
-        case: Case,
-        device: str = 'cpu',
-    ) -> int | None:  # bytes; none: the system does not say
-        "Run a candidate for the first time, and say how much memory that took at its peak."
-        return self.pool.submit(self.room._peak, name, case, device).result()
+
+@patch
+def peak(
+    self: Meter,
+    name: str,  # a key of `CANDIDATES`, new to this process
+    case: Case,
+    device: str = 'cpu',
+) -> int | None:  # bytes; none: the system does not say
+    "Run a candidate for the first time, and say how much memory that took at its peak."
+    return self._ask(self.room._peak, name, case, device)
 
 # %% ../../nbs/training/07_timing.ipynb #28857fc6
 def interleaved(
@@ -122,18 +142,24 @@ def interleaved(
     rounds: int = 7,  # counted rounds
     warmup: int = 2,  # rounds that are not
     device: str = 'cpu',
-) -> dict:  # run to its seconds, a list of `rounds`
+) -> dict:  # run to its seconds, a list of `rounds`, or to the error that it ended with
     "Time candidates in turns: in each round every one runs once, in a rotated order."
-    counted = {run: [] for run in runs}
+    counted, failed = {run: [] for run in runs}, {}
     with Meter() as as_it_comes, Meter(keep=True) as kept:
         for i in range(warmup + rounds):
             first = i % len(runs)
             for name, keep in runs[first:] + runs[:first]:
+                if (name, keep) in failed:
+                    continue
                 meter = kept if keep else as_it_comes
-                seconds = meter.seconds(name, case, device)
+                try:
+                    seconds = meter.seconds(name, case, device)
+                except Exception as e:  # of this candidate alone
+                    failed[name, keep] = e
+                    continue
                 if i >= warmup:
                     counted[name, keep].append(seconds)
-    return counted
+    return counted | failed
 
 
 def peak_memory(
@@ -187,10 +213,11 @@ def _reached(convolve, channels, size, calls, rounds, device, dtype):
 # %% ../../nbs/training/07_timing.ipynb #89971269
 def conv_ceiling(
     device: str = 'cpu',
-    dtype: torch.dtype = torch.float32,
+    precision: str = 'float32',  # of the arithmetic: 'float32', 'tf32' (GPU), 'bf16'
     rounds: int = 4,  # counted rounds of each convolution
 ) -> float:  # GFLOP/s
-    "Measure the most that the network's convolutions reach on this machine; on a GPU in tf32."
+    "Measure the most that the network's convolutions reach on this machine in an arithmetic."
+    dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
     workers, calls = available_cores(), 1
     if torch.device(device).type != 'cpu':
         workers, calls = 1, 16  # a GPU is given the images of a meta-batch at once
@@ -201,7 +228,7 @@ def conv_ceiling(
     ]
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     best = 0.0
-    with gpu_arithmetic('tf32'), pool:
+    with gpu_arithmetic(precision), pool:
         for job in jobs:
             every = [pool.submit(_reached, *job) for _ in range(workers)]
             best = max(best, sum(worker.result() for worker in every))
