@@ -19,11 +19,11 @@ PRELOADED = 'torch numpy pandas matplotlib.pyplot papermill nbclient nbformat hy
 PRELOADED += 'yaml filelock safetensors.torch submitit fastcore.all torchvision'.split()
 # the tests of a room
 TESTS = {
-    'data.files': 'files pages properties downloads reliability data again',
-    'data.banks': 'data pages properties episodes augment cifar_and_tiered reliability fuzz',
-    'lab.runs': 'again runs batches pages command reliability',
-    'lab.states': 'again pages batches runs',
-    'training.checkpoints': 'training pages saving fuzz properties reliability',
+    'data.files': 'files pages properties downloads reliability data again fuzz_files fuzz_runs',
+    'data.banks': 'data pages properties episodes augment cifar_and_tiered reliability fuzz_data',
+    'lab.runs': 'again runs batches pages command reliability fuzz_runs',
+    'lab.states': 'again pages batches runs fuzz_runs',
+    'training.checkpoints': 'training pages saving properties reliability fuzz_files',
 }
 # what takes long or needs what is not everywhere
 LEFT_OUT = 'random_moments slurm real smoke wheel bare same_bytes many_processes'
