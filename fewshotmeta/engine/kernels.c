@@ -143,20 +143,21 @@ inl void apply_(
                 }
 }
 
-/* aff: mean, 1/std, scale, shift, (4, C) */
+/* aff: mean, 1/std, scale, shift, (4, C); fixed: mean 0 and 1/std 1, whatever y is */
 int norm_forward(
-    const T *y, Z N, Z H, Z W, Z C, Z pool, const T *gamma, const T *beta, double eps,
+    const T *y, Z N, Z H, Z W, Z C, Z pool, Z fixed, const T *gamma, const T *beta, double eps,
     double leak, T *z, T *p, uint8_t *k, T *aff
 ) {
     double *s = calloc(2 * C, sizeof(double)), *q = s + C;
     if (!s)
         return 1;
     Z m = N * H * W;
-    moments(y, m, C, s, q);
+    if (!fixed)
+        moments(y, m, C, s, q);
     for (Z c = 0; c < C; c++) {
         double d = s[c] / m;
-        double mean = d + y[c];
-        double r = 1 / sqrt(fmax(q[c] / m - d * d, 0) + eps);
+        double mean = fixed ? 0 : d + y[c];
+        double r = fixed ? 1 : 1 / sqrt(fmax(q[c] / m - d * d, 0) + eps);
         if (!(q[c] == q[c]))
             r = q[c]; /* fmax would hide what is not a number */
         aff[c] = mean;
@@ -242,9 +243,10 @@ inl void spread_(
     }
 }
 
-/* sums: of g' and of g'*xhat, (2, C), which are the gradients of shift and scale. */
+/* sums: of g' and of g'*xhat, (2, C), which are the gradients of shift and scale.
+ * Fixed statistics do not follow y: as if they were means over infinitely many pixels. */
 int norm_backward(
-    const T *gz, const T *y, const T *p, const uint8_t *k, Z N, Z H, Z W, Z C, Z pool,
+    const T *gz, const T *y, const T *p, const uint8_t *k, Z N, Z H, Z W, Z C, Z pool, Z fixed,
     const T *aff, double leak, T *gy, T *sums
 ) {
     double *s1 = calloc(2 * C, sizeof(double)), *s2 = s1 + C;
@@ -254,8 +256,8 @@ int norm_backward(
         free(A);
         return 1;
     }
-    Z m = N * H * W;
-    Z rows = pool ? N * (H / 2) * (W / 2) : m;
+    double m = fixed ? INFINITY : N * H * W;
+    Z rows = pool ? N * (H / 2) * (W / 2) : N * H * W;
     GROUPS(sums_, gz, p, rows, C, aff, leak, s1, s2)
     for (Z c = 0; c < C; c++) {
         double r = aff[C + c], g = aff[2 * C + c];
@@ -381,7 +383,7 @@ inl void twice_(
 /* From u on gy, v on the gradient of the scale and w on that of the shift. */
 int norm_twice(
     const T *u, const T *v, const T *w, const T *gz, const T *y, const T *p, const uint8_t *k,
-    Z N, Z H, Z W, Z C, Z pool, const T *gamma, const T *aff, const T *sums, double leak,
+    Z N, Z H, Z W, Z C, Z pool, Z fixed, const T *gamma, const T *aff, const T *sums, double leak,
     T *to_gz, T *to_y, T *to_gamma
 ) {
     double *s = calloc(3 * C, sizeof(double));
@@ -391,7 +393,7 @@ int norm_twice(
         free(co);
         return 1;
     }
-    double m = (double)N * H * W;
+    double m = fixed ? INFINITY : (double)N * H * W;
     if (pool) {
         GROUPS(usums_, 4, u, gz, y, p, k, N, H, W, C, aff, leak, s, s + C, s + 2 * C);
     } else {
@@ -405,7 +407,7 @@ int norm_twice(
         double on_g = vr - g * r * r * pu;
         double on_u = -g * r * r * b;
         double on_x = -g * r * r * q - on_g * b - on_u * pu;
-        to_gamma[c] = m * r * q;
+        to_gamma[c] = fixed ? r * s[2 * C + c] : m * r * q;
         co[c] = -on_x * r * mean - on_g * a - on_u * ubar;
         co[C + c] = on_x * r;
         co[2 * C + c] = on_u;

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..data.checks import Registry, check_size, pick
 from ..engine.layers import channels_last, task_conv2d, task_max_pool, task_norm
-from ..engine.kernels import fusable, fused_block, library
+from ..engine.kernels import fusable, fused_affine, fused_block, library
 from .norms import Norm, as_norm
 from .heads import uniform
 
@@ -163,7 +163,7 @@ def norm_names(self: Conv4) -> frozenset:
 @patch(as_prop=True)
 def shares_calls(self: Conv4) -> bool:
     "Whether a CPU adapts small tasks faster together: where each block is one call of C."
-    fused = self.norm.transductive and self.filters % 16 == 0
+    fused = (self.norm.transductive or self.norm.fixed) and self.filters % 16 == 0
     return fused and library(torch.float32) is not None
 
 # %% ../../nbs/learners/02_backbones.ipynb #74f19d93
@@ -228,6 +228,8 @@ def _block(self: Conv4, params, x, i, step, support):
     stride = 1 if pools else 2
     weight = params[f'conv{i}.weight']
     scale, shift = self.scale_and_shift(params, layer, step)
+    if self.norm.fixed and fusable(x, self.filters):
+        return self._fixed_block(params, x, i, step)
     if self.norm.transductive and fusable(x, self.filters):
         return fused_block(x, weight, scale, shift, self.eps, self.leak, stride, pools)
     bias = None if self.norm.measured else params[f'conv{i}.bias']
@@ -238,6 +240,23 @@ def _block(self: Conv4, params, x, i, step, support):
     if pools:
         y = task_max_pool(y)
     return (F.leaky_relu(y, self.leak) if self.leak else F.relu(y)), stats
+
+# %% ../../nbs/learners/02_backbones.ipynb #e5b0a70a
+@patch
+def _fixed_block(self: Conv4, params, x, i, step):
+    "The same in C where the norm's statistics are given: a scale and a shift."
+    layer, pools = f'norm{i}', self.down == 'max_pool'
+    bias = params[f'conv{i}.bias']
+    scale, shift = self.scale_and_shift(params, layer, step)
+    mean, var = self.norm.statistics(x, params, layer, step, None)
+    rate = (var + self.eps).rsqrt()
+    scale = rate if scale is None else scale * rate
+    shift = shift + (bias - mean) * scale
+    how = self.leak, 1 if pools else 2, pools, self.norm.stored
+    z, seen = fused_affine(x, params[f'conv{i}.weight'], scale, shift, *how)
+    if self.norm.stored:
+        mean, var = seen[0] + bias.detach(), seen[1]
+    return z, tuple(s.expand(len(x), self.filters) for s in (mean, var))
 
 # %% ../../nbs/learners/02_backbones.ipynb #51925212
 def _preset(size):

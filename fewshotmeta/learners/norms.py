@@ -23,6 +23,7 @@ class Norm:
     from_support = False  # whether queries are normalised by the support set's statistics
     stored = False  # whether training keeps statistics, with a row for each inner step
     measured = False  # whether the statistics are those of images: the convolution's bias cancels
+    fixed = False  # whether they are given, whatever the images: a scale and a shift
 
     def __repr__(self):
         return repr(self.name)
@@ -75,6 +76,7 @@ class PerStep(Norm):
 
     name = 'per_step'
     stored = True
+    fixed = True
 
     def statistics(self, x, params, layer, step, support):
         "The stored mean and variance of this inner step, each (channels,)."
@@ -90,11 +92,12 @@ class AffineOnly(Norm):
     "Scale and shift alone, as HIDRA's code has it: mean 0 and variance 1, never updated."
 
     name = 'affine_only'
+    fixed = True
 
     def statistics(self, x, params, layer, step, support):
         "Zeros and ones, each (channels,)."
-        channels = x.shape[2]
-        return x.new_zeros(channels), x.new_ones(channels)
+        shift = params[f'{layer}.bias']
+        return shift.new_zeros(shift.shape[-1]), shift.new_ones(shift.shape[-1])
 
 # %% ../../nbs/learners/00_norms.ipynb #2cc52c67
 @dataclass(frozen=True, repr=False)
