@@ -819,7 +819,8 @@ def case_of(tasks, size=28, filters=64, images=(5, 75), **net):
         (16, 2, 8, dict(filters=32)),
         (4, 2, 1, dict(size=84, filters=48)),
         (8, 2, 4, dict(images=(20, 100))),
-        (16, 2, 1, dict(norm='affine_only')),  # PyTorch's convolutions, task by task
+        (16, 2, 4, dict(norm='affine_only')),
+        (16, 2, 1, dict(norm='support')),  # PyTorch's convolutions, task by task
         (16, 2, 1, dict(filters=40)),
     ],
 )
