@@ -2494,4 +2494,6 @@ d = { 'settings': { 'branch': 'main',
                                              'fewshotmeta.training.timing.interleaved': ( 'training/timing.html#interleaved',
                                                                                           'fewshotmeta/training/timing.py'),
                                              'fewshotmeta.training.timing.peak_memory': ( 'training/timing.html#peak_memory',
-                                                                                          'fewshotmeta/training/timing.py')}}}
+                                                                                          'fewshotmeta/training/timing.py'),
+                                             'fewshotmeta.training.timing.processor_name': ( 'training/timing.html#processor_name',
+                                                                                             'fewshotmeta/training/timing.py')}}}

@@ -3,9 +3,10 @@
 No test looks at a clock.
 """
 
-import json, os, re, sys
+import json, os, platform, re, sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest, torch
 from torch.utils.flop_counter import FlopCounterMode

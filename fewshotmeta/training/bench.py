@@ -25,6 +25,7 @@ from ..engine.plans import available_cores
 from .cases import ADAPTATION, CASES, Case, LONG
 from .candidates import CANDIDATES, PEERS
 from .timing import Meter, conv_ceiling, interleaved, peak_memory
+from .timing import processor_name
 
 # %% ../../nbs/training/08_bench.ipynb #61389a35
 PAIRS = [
@@ -230,6 +231,18 @@ def _check_device(device):
     if kind.type == 'cuda' and (kind.index or 0) >= found:
         raise ValueError(f'device={device}, but PyTorch sees {found} GPUs: cuda:0 is the first')
 
+# %% ../../nbs/training/08_bench.ipynb #94df8481
+def _begun(device, cases, pairs, say):
+    "A result without rows: the machine's ceilings, in each arithmetic that a candidate has."
+    cores, ceilings = available_cores(), {}
+    where = f' on {cores} cores' if torch.device(device).type == 'cpu' else ''
+    for precision in dict.fromkeys(['float32', *(CANDIDATES[name].precision for name, _ in pairs)]):
+        ceilings[precision] = conv_ceiling(device, precision)
+        say(f'ceiling of {precision} convolutions: {ceilings[precision]:.0f} GFLOP/s{where}')
+    made = dict(device=device, cores=cores, processor=processor_name(), ceilings=ceilings)
+    made |= dict(rows=[], curves={}, cases=[asdict(case) for case in cases])
+    return made | dict(torch=torch.__version__)
+
 # %% ../../nbs/training/08_bench.ipynb #94df8480
 def bench(
     cases: str = '*',  # names of cases to run, a pattern
@@ -260,17 +273,6 @@ def bench(
         result['curves'] = _curves(max(2, rounds - 2), device, say)
     result['episodes_seconds'] = _episode_share()
     return result if quick else result | _start_up()
-
-
-def _begun(device, cases, pairs, say):
-    "A result without rows: the machine's ceilings, in each arithmetic that a candidate has."
-    cores, ceilings = available_cores(), {}
-    where = f' on {cores} cores' if torch.device(device).type == 'cpu' else ''
-    for precision in dict.fromkeys(['float32', *(CANDIDATES[name].precision for name, _ in pairs)]):
-        ceilings[precision] = conv_ceiling(device, precision)
-        say(f'ceiling of {precision} convolutions: {ceilings[precision]:.0f} GFLOP/s{where}')
-    made = dict(device=device, cores=cores, ceilings=ceilings, rows=[], curves={})
-    return made | dict(cases=[asdict(case) for case in cases], torch=torch.__version__)
 
 # %% ../../nbs/training/08_bench.ipynb #11ecf794
 #| code-fold: true
