@@ -16,7 +16,7 @@ from fewshotmeta.lab.command import main
 from fewshotmeta.training import bench as bench_room, timing as timing_room
 from fewshotmeta.training.bench import ON_GPU, PAIRS, _line, _measure, _spread
 from fewshotmeta.training.candidates import Candidate, keep_query_graphs, plain_net
-from fewshotmeta.training.targets import _against_peers, _at_least, _at_most
+from fewshotmeta.training.targets import _at_least, _at_most, _time_targets
 
 SMALL = dict(tasks=2, size=16, filters=8, n_query=2)
 LIBRARIES = {'learn2learn', 'higher'}
@@ -201,25 +201,27 @@ def test_targets_compare_with_the_fastest_peer_as_it_comes():
         row(name, 'plain loop', 200.0, peak=40),
         row(name, 'higher', 160.0, peak=80),
         row(name, 'plain loop', 50.0, keep=True),
+        dict(case=name, candidate='learn2learn', kept_memory=False, failed='no memory'),
     ]
-    out = list(_against_peers(dict(rows=rows), CASES[0]))
-    assert verdicts(out) == [(0.25, True), (0.125, True), (0.5, False)]
-    assert 'higher' in out[0]['against']
-    assert _at_most('x', 2, 1.0)['met']
+    (out,) = _time_targets(dict(rows=rows), CASES[0])
+    assert verdicts([out]) == [(0.25, True)]
+    assert 'higher' in out['against']
+    assert not _at_most('x', 1, 1.1)['met'] and _at_most('x', 2, 1.0)['met']
     assert not _at_least('x', 2, 1.0)['met']
 
 
-def test_large_images_are_compared_with_learn2learn_both_ways():
+def test_targets_compare_with_our_own_plans():
     (case,) = (c for c in CASES if c.size == 84)
     rows = [
-        row(case.name, 'ours', 30.0),
-        row(case.name, 'ours', 20.0, keep=True),
-        row(case.name, 'learn2learn', 100.0),
-        row(case.name, 'learn2learn', 25.0, keep=True),
-        row(case.name, 'higher', 10.0),
+        row(case.name, 'ours', 24.0),
+        row(case.name, 'ours', 21.0, keep=True),
+        row(case.name, 'ours, threads', 20.0),
+        row(case.name, 'ours, together', 20.0, keep=True),
+        row(case.name, 'ours, bf16', 10.5, keep=True),
+        row(case.name, 'higher', 100.0),
     ]
-    out = _against_peers(dict(rows=rows), case)
-    assert verdicts(out) == [(0.3, True), (0.8, False), (0.5, True)]
+    out = _time_targets(dict(rows=rows), case)
+    assert verdicts(out) == [(0.24, False), (1.2, False), (1.05, True), (0.5, True)]
 
 
 def test_bench_writes_a_whole_result(tmp_path, capsys):

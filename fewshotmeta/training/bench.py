@@ -276,11 +276,6 @@ def bench(
 
 # %% ../../nbs/training/08_bench.ipynb #11ecf794
 #| code-fold: true
-def _ceiling(result):
-    "GFLOP/s in float32; earlier results have no other."
-    return result['ceilings']['float32'] if 'ceilings' in result else result['ceiling']
-
-
 def _bars(ax, result, name):
     "Milliseconds of every candidate on one case."
     rows = [row for row in result['rows'] if row['case'] == name and 'failed' not in row]
@@ -291,7 +286,7 @@ def _bars(ax, result, name):
         spread[0].append(max(0, row['ms'] - row['q1']))
         spread[1].append(max(0, row['q3'] - row['ms']))
     ax.barh(labels, [row['ms'] for row in rows], color=colours, xerr=spread)
-    ceiling = _ceiling(result)
+    ceiling = result['ceilings']['float32']
     ax.axvline(1e3 * rows[0]['work'] / ceiling, color='tab:red', lw=1)
     ax.invert_yaxis()
     ax.set_title(f'{name}; red: the floor', fontsize=8)
