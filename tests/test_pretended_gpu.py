@@ -75,15 +75,16 @@ def stop_at_four(row):
         raise Stopped
 
 
-def trained(method, device, plan=None, folder=None, log=None, **looks):
-    "A learner of double precision, trained on a device with all that belongs to it."
+def trained(method, device, plan=None, folder=None, log=None, dtype=torch.float64, **looks):
+    "A learner, of double precision, trained on a device with all that belongs to it."
     train = as_sampled(device, **looks)
     learner = method if isinstance(method, MAML) else make_learner(method, train, seed=1, **SMALL)
-    learner = to_dtype(learner, torch.float64, device)
-    valid = Doubles(as_sampled(device, **looks)(seed=1, augment=None))
+    learner = to_dtype(learner, dtype, device)
+    as_typed = Doubles if dtype == torch.float64 else EpisodeSampler.__call__
+    valid = as_typed(as_sampled(device, **looks)(seed=1, augment=None))
     sizes = dict(meta_batch=2, meta_lr=1e-2, log_every=2, valid_tasks=2, valid_every=4)
     how = dict(schedule='cosine', clip=ClipNorm(10.0), plan=plan, progress=False, log=log)
-    batches = Doubles(training_batches(learner, train))
+    batches = as_typed(training_batches(learner, train))
     run = fit(learner, batches, 6, valid=valid, checkpoint=folder, **sizes, **how)
     return run.learner, measure(run.learner, valid, 3, plan=plan)
 
@@ -93,12 +94,18 @@ def on_a_cpu(method):
     return trained(method, 'cpu', plan_for('cpu', 'batched'))
 
 
+def between(found, wanted):
+    "The relative distance of two learners' parameters."
+    both = found, wanted
+    a, b = (torch.cat([v.detach().cpu().flatten() for v in m.theta.values()]) for m in both)
+    return ((a - b).norm() / b.norm()).item()
+
+
 def apart(found, wanted):
-    "The relative distance of two learners' parameters, and of what they answer."
+    "The same, and of what they answer."
     (a, seen), (b, known) = found, wanted
-    a, b = (torch.cat([v.detach().cpu().flatten() for v in m.theta.values()]) for m in (a, b))
     assert torch.equal(seen.accuracies, known.accuracies)
-    return ((a - b).norm() / b.norm() + (seen.losses - known.losses).norm()).item()
+    return between(a, b) + (seen.losses - known.losses).norm().item()
 
 
 # ---- every learner
@@ -135,6 +142,18 @@ def test_every_plan_of_a_gpu(method, plan, waits, monkeypatch):
         found = trained(method, GPU, plan_for(GPU, **PLANS_OF_A_GPU[plan]))
     assert waits[-1] == {}
     assert apart(found, wanted) < 1e-9
+
+
+@pytest.mark.parametrize('method', ['maml', 'mamlpp'])
+def test_bf16_on_a_gpu(method, waits, monkeypatch):
+    "In single precision, where it changes the convolutions."
+    bf16 = dict(precision='bf16')
+    wanted, _ = trained(method, 'cpu', plan_for('cpu', 'batched', **bf16), dtype=torch.float32)
+    with pretended_gpu(monkeypatch):
+        found, _ = trained(method, GPU, plan_for(GPU, **bf16), dtype=torch.float32)
+    assert waits[-1] == {}
+    plain, _ = trained(method, 'cpu', plan_for('cpu', 'batched'), dtype=torch.float32)
+    assert between(found, wanted) < 1e-2 and between(plain, wanted) > 1e-4
 
 
 # ---- images, backbones
