@@ -4,6 +4,7 @@ It takes minutes, so it is a target of its own: `make test-site`.
 """
 
 import base64
+import contextlib
 import functools
 import hashlib
 import http.server
@@ -19,6 +20,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+from pathlib import Path
 import nbformat
 import pytest
 from conftest import ROOT
@@ -653,6 +655,16 @@ def refused(address, docs):
     return wrong
 
 
+def working_on(built):
+    "Processes that still make or show the site."
+    found = []
+    for path in Path('/proc').glob('[0-9]*/cmdline'):
+        with contextlib.suppress(OSError):
+            if str(built / 'nbs' / '_site').encode() in path.read_bytes():
+                found.append(path.parent.name)
+    return found
+
+
 def test_serving_follows_a_notebook(built):
     "Saved, and the page has it; and it answers what is asked of it by its name alone."
     command = [sys.executable, '-u', str(built / 'nbs' / '_site'), '--serve', '--port', '0']
@@ -678,6 +690,7 @@ def test_serving_follows_a_notebook(built):
     finally:
         served.terminate()
         served.wait(20)
+    wait(lambda: not working_on(built), 20, log.read_text)
     assert 'Traceback' not in log.read_text()
 
 

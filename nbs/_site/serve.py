@@ -1,6 +1,9 @@
 """The site while one writes: served from here, made again when a notebook is saved, shown anew."""
 
 import io
+import multiprocessing
+import os
+import signal
 import socket
 import sys
 import threading
@@ -144,10 +147,18 @@ def once():
     Handler.made = str(time.time())
 
 
+def end(*_):
+    "End at once, and with it the processes that build at this moment."
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(0)
+
+
 def serve(port: int, host: str = '127.0.0.1', every: float = 0.3):
-    "Build, show, watch, until Ctrl-C."
+    "Build, show, watch, until Ctrl-C or SIGTERM, which ends what builds at that moment, too."
     import torch  # noqa: F401  once for all builds
 
+    signal.signal(signal.SIGTERM, end)
     seen, program = state(), saved(HERE.glob('*.py'))
     once()
     server = server_of(DOCS, host, port)
