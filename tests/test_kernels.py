@@ -67,6 +67,20 @@ def test_block_and_two_derivatives(channels, size, stride, pool, filters, leak):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-10)
 
 
+def drawn_for_tasks(tasks, filters, channels, size, own):
+    "Images, parameters of each task or shared, what is differentiated, and how it is completed."
+    torch.manual_seed(0)
+    x = randn(tasks, 2, channels, size, size) + 2
+    shapes = (filters, channels, 3, 3), (filters,), (filters,)
+    params = [randn(*(tasks,) * o, *shape) / 2 for o, shape in zip(own, shapes)]
+    args = [t.requires_grad_() for t in ([x] if channels > 3 else []) + params]
+
+    def full(a):
+        return a if len(a) == 4 else (x, *a)
+
+    return x, params, args, full
+
+
 @pytest.mark.parametrize(
     'own', [(True, True, True), (False, False, False), (False, True, False), (True, False, True)]
 )
@@ -83,15 +97,8 @@ def test_block_and_two_derivatives(channels, size, stride, pool, filters, leak):
 )
 def test_many_tasks_are_one_after_another(channels, size, stride, conv, own):
     "With weights, scales and shifts of their own or shared: each task's values and derivatives."
-    torch.manual_seed(0)
     tasks, filters, pool = 3, 8, size > 3
-    x = randn(tasks, 2, channels, size, size) + 2
-    shapes = (filters, channels, 3, 3), (filters,), (filters,)
-    params = [randn(*(tasks,) * o, *shape) / 2 for o, shape in zip(own, shapes)]
-    args = [t.requires_grad_() for t in ([x] if channels > 3 else []) + params]
-
-    def full(a):
-        return a if len(a) == 4 else (x, *a)
+    x, params, args, full = drawn_for_tasks(tasks, filters, channels, size, own)
 
     def of_task(i, params):
         return [t[i] if o else t for t, o in zip(params, own)]
@@ -117,15 +124,8 @@ def test_many_tasks_are_one_after_another(channels, size, stride, conv, own):
 @pytest.mark.parametrize('channels,size,stride', [(1, 14, 1), (3, 9, 2), (16, 7, 1), (16, 3, 1)])
 def test_a_norm_of_fixed_statistics(channels, size, stride, own):
     "Scale and shift that come from anywhere: values, statistics and two derivatives."
-    torch.manual_seed(0)
     tasks, filters, pool = 3, 8, size > 3
-    x = randn(tasks, 2, channels, size, size) + 2
-    shapes = (filters, channels, 3, 3), (filters,), (filters,)
-    params = [randn(*(tasks,) * o, *shape) / 2 for o, shape in zip(own, shapes)]
-    args = [t.requires_grad_() for t in ([x] if channels > 3 else []) + params]
-
-    def full(a):
-        return a if len(a) == 4 else (x, *a)
+    x, params, args, full = drawn_for_tasks(tasks, filters, channels, size, own)
 
     def ours(*a):
         return fused_affine(*full(a), 0.01, stride, pool)[0]

@@ -229,7 +229,7 @@ def test_bench_writes_a_whole_result(tmp_path, capsys):
     assert main(['bench', '--quick', '--out', str(folder)]) == 0
     result = json.loads((folder / 'bench.json').read_text())
     assert {r['candidate'] for r in result['rows']} == {'ours', 'ours, recomputed'}
-    assert result['ceilings']['float32'] > result['ceilings']['bf16'] * 0.01 > 0
+    assert set(result['ceilings']) == {'float32', 'bf16'} and min(result['ceilings'].values()) > 1
     assert result['provenance']['versions']['torch']
     assert (folder / 'bench.png').read_bytes().startswith(b'\x89PNG')
     assert sorted(p.name for p in folder.iterdir()) == ['bench.json', 'bench.png']

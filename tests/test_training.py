@@ -828,7 +828,7 @@ def test_tasks_share_calls(tasks, cores, chunk, case, monkeypatch):
     monkeypatch.setattr('fewshotmeta.training.gradient.available_cores', lambda: cores)
     plan = plan_of(*case_of(tasks, **case))
     assert plan.chunk == chunk
-    assert len(plan.chunks(tasks)) >= min(tasks, cores) or chunk * cores > tasks
+    assert len(plan.chunks(tasks)) >= min(tasks, cores)
     assert plan_of(*case_of(tasks, **case), calls=tasks).chunk == 1
 
 
