@@ -1,5 +1,6 @@
 """The site while one writes: served from here, made again when a notebook is saved, shown anew."""
 
+import contextlib
 import io
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ RELOAD = b'''{let seen; setInterval(async () => { try {
   if (seen && now !== seen) location.reload();
   seen = now; } catch {} }, 500)}'''
 SCRIPT = b'<script src="/__reload.js"></script>'
+ENDING = {signal.SIGINT, signal.SIGTERM}  # a user's wish that all ends
 HOSTS = {'localhost', '127.0.0.1', '[::1]'}  # what a browser on this machine may call it
 
 
@@ -122,58 +124,71 @@ def state() -> dict:
     return saved([*notebooks, *HERE.rglob('*.css'), *HERE.rglob('*.svg'), *results])
 
 
-def forget():
-    """Forget the package and nbdev's memory of it: they may have changed since.
-
-    torch stays, which is what makes the next build quick.
-    """
-    from nbdev import doclinks
-
-    for name in list(sys.modules):
-        if name.split('.')[0] == 'fewshotmeta':
-            del sys.modules[name]
-    for remembered in (doclinks._build_lookup_table, doclinks._get_exps):
-        remembered.cache_clear()
-
-
-def once():
-    "Build in this process; where a notebook does not go through, say so and keep the last site."
+def attempt():
+    "Build; where a notebook does not go through, say so and keep the last site."
     try:
         build(n_workers=0)
-    except KeyboardInterrupt:
-        raise
     except BaseException:
         traceback.print_exc(limit=0)
-    Handler.made = str(time.time())
 
 
-def end(*_):
-    "End at once, and with it the processes that build at this moment."
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(0)
+class Builder:
+    """Builds in a process of its own, which reads the package anew, and ends all that it starts.
+
+    The build and Sphinx's own processes are a group. It is ended as a whole: Sphinx's, alone, would
+    wait for ever for somebody who reads what they write.
+    """
+
+    process = None
+
+    def run(self):
+        "Build once."
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        self.process = multiprocessing.get_context('fork').Process(target=self.inside)
+        self.process.start()
+        with contextlib.suppress(OSError):  # it may have done this itself, or be through
+            os.setpgid(self.process.pid, self.process.pid)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        self.process.join()
+        Handler.made = str(time.time())
+
+    def inside(self):
+        "What the process does."
+        os.setpgid(0, 0)
+        for asked in ENDING:
+            signal.signal(asked, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        attempt()
+
+    def end(self, *_):
+        "End the build, if there is one, and this process."
+        if self.process and self.process.is_alive():
+            with contextlib.suppress(OSError):  # it has ended since
+                os.killpg(self.process.pid, signal.SIGKILL)
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def serve(port: int, host: str = '127.0.0.1', every: float = 0.3):
     "Build, show, watch, until Ctrl-C or SIGTERM, which ends what builds at that moment, too."
-    import torch  # noqa: F401  once for all builds
+    import nbdev.doclinks  # noqa: F401  what takes long to load is loaded once for all builds
+    import sphinx.application  # noqa: F401
+    import torch  # noqa: F401
 
-    signal.signal(signal.SIGTERM, end)
+    builder = Builder()
+    for asked in ENDING:
+        signal.signal(asked, builder.end)
     seen, program = state(), saved(HERE.glob('*.py'))
-    once()
+    builder.run()
     server = server_of(DOCS, host, port)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     name = {'127.0.0.1': 'localhost', '::1': '[::1]'}.get(host, host)
     address = f'http://{name}:{server.server_port}/'
     print(f'{address} shows the site and follows the notebooks; Ctrl-C ends it', flush=True)
-    try:
-        while True:
-            time.sleep(every)
-            if saved(HERE.glob('*.py')) != program:
-                sys.exit('the program that makes the site has changed: start it again')
-            if (now := state()) != seen:
-                seen = now
-                forget()
-                once()
-    except KeyboardInterrupt:
-        sys.exit(0)
+    while True:
+        time.sleep(every)
+        if saved(HERE.glob('*.py')) != program:
+            sys.exit('the program that makes the site has changed: start it again')
+        if (now := state()) != seen:
+            seen = now
+            builder.run()
