@@ -37,6 +37,7 @@ class Machine:
     captured = None  # a list of operations while a graph is captured
     counts = False  # whether waits are counted
     waits = collections.Counter()  # by kind and line of the package
+    launches = 0  # operations that Python starts one by one: no recording, no view
 
 
 def line_at_work():
@@ -178,6 +179,10 @@ def noted(func, args, kwargs, out):
     args_on_cpu = inner(args)
     if Machine.captured is not None:
         note(func, args_on_cpu, kwargs, out)
+    else:
+        old = {place(t) for t in tensors(args_on_cpu)}
+        makes = any(place(t) not in old for t in tensors(out))
+        Machine.launches += makes or func._schema.is_mutable
     if func._schema.is_mutable and isinstance(out, Tensor):
         return args[0]
     return wrapped(out)

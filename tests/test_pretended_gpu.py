@@ -156,6 +156,22 @@ def test_bf16_on_a_gpu(method, waits, monkeypatch):
     assert between(found, wanted) < 1e-2 and between(plain, wanted) > 1e-4
 
 
+@pytest.mark.parametrize('method', ['maml', 'mamlpp', 'hypermaml', 'hidra'])
+def test_little_is_launched_beside_a_recording(method, monkeypatch):
+    "Episodes, finite check, clip, Adam: a few operations each, however many parameters there are."
+    every, step = [], fit_room._Loop.step
+
+    def counted(loop):
+        before = Machine.launches
+        step(loop)
+        every.append(Machine.launches - before)
+
+    monkeypatch.setattr(fit_room._Loop, 'step', counted)
+    with pretended_gpu(monkeypatch):
+        trained(method, GPU)
+    assert 10 < every[-1] <= 50
+
+
 # ---- images, backbones
 def test_augmented_colours(waits, monkeypatch):
     looks = dict(channels=3, augment=CloserLook(), **IMAGENET)

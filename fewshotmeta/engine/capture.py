@@ -44,9 +44,8 @@ class Recorded:
 
     def _record(self, f, how):
         "Set `run`, which replays."
-        traced = self._traced(f, how)  # on a GPU, too: it says what cannot be recorded
         if how == 'inductor' or not self.cuda:
-            f = traced
+            f = self._traced(f, how)
 
         def run_again():
             return f(*self.fixed, *self.varying)

@@ -6,6 +6,7 @@
 __all__ = ['fit']
 
 # %% ../../nbs/training/04_fit.ipynb #ff723518
+import math
 import signal
 import sys
 import threading
@@ -71,8 +72,8 @@ def step(self: _Loop):
     else:  # a sampler of one's own need not say
         n_way = check_classes(episodes.ys, episodes.yq)
     found = self.together(episodes, progress, n_way)
-    numbers = (found.loss, *found.grads)
-    self.finite = self.finite & torch.stack([v.isfinite().all() for v in numbers])
+    largest = torch._foreach_norm([found.loss, *found.grads], math.inf)
+    self.finite = self.finite & torch.stack(largest).isfinite()
     if not self.late:
         self.check()
     self.move(found, progress, n_way)

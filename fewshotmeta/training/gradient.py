@@ -121,6 +121,7 @@ def replayed_gradient(
     for tasks in recorder.plan.chunks(n):
         part = MetaGradient(*recorder(episodes[tasks], progress, n_way))
         share = (tasks.stop - tasks.start) / n
-        weighted = [v * share for v in part.tensors()]  # a copy: the next replay overwrites them
-        total = weighted if total is None else [a + b for a, b in zip(total, weighted)]
+        # a copy: the next replay overwrites them
+        weighted = torch._foreach_mul(part.tensors(), share)
+        total = weighted if total is None else torch._foreach_add(total, weighted)
     return part.with_tensors(total)

@@ -78,7 +78,7 @@ class ClipValue:
         check_positive('bound', self.bound)
 
     def __call__(self, grads: list[Tensor]) -> list[Tensor]:  # one a parameter, of any shape
-        return [g.clamp(-self.bound, self.bound) for g in grads]
+        return torch._foreach_clamp_max(torch._foreach_clamp_min(grads, -self.bound), self.bound)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ class ClipNorm:
         check_positive('bound', self.bound)
 
     def __call__(self, grads: list[Tensor]) -> list[Tensor]:  # one a parameter, of any shape
-        return [g * (self.bound / (g.norm() + 1e-6)).clamp(max=1.0) for g in grads]
+        norms = torch.stack(torch._foreach_norm(grads))
+        factors = (self.bound / (norms + 1e-6)).clamp(max=1.0)
+        return torch._foreach_mul(grads, factors.unbind())
 
 
 def as_clip(
