@@ -18,7 +18,8 @@ from conftest import ROOT
 from fewshotmeta.data.datasets import DATASETS
 from fewshotmeta.data.files import read_json
 from fewshotmeta.lab.command import main
-from fewshotmeta.lab.parameters import default_name, merge_parameters, read_parameters
+from fewshotmeta.lab.parameters import default_name, experiment_file, merge_parameters
+from fewshotmeta.lab.parameters import read_parameters
 from tiny import notebook
 
 TRAIN = ROOT / 'nbs' / 'experiments' / 'train.ipynb'
@@ -385,3 +386,38 @@ def test_gpus_are_those_that_are_visible(monkeypatch, visible, asked, given):
     words = f'--gpus 0,2: PyTorch sees 2 {where}: choose of numbers 0 to 1'
     with pytest.raises(ValueError, match=words):
         C._visible((0, 2))
+
+
+# ---- what a batch will take
+SOME = """
+experiment: train.ipynb
+common: {device: cpu, filters: 4, n_query: 2, test_query: 2}
+runs:
+  here: {data: glyphs, seed: [0, 1]}
+  elsewhere: {data: cub}
+  untrained: {data: glyphs, method: random_init}
+scales:
+  smoke: {iterations: 100, valid_every: 50}
+"""
+
+
+def test_an_estimate_says_hours_and_memory(tmp_path, monkeypatch, capsys):
+    "Of each setting, however many seeds; what is not on this machine is left out; nothing runs."
+    monkeypatch.setenv('FEWSHOTMETA_DATA', str(tmp_path))
+    runs, kept = tmp_path / 'runs', tmp_path / 'kept.json'
+    (tmp_path / 'train.ipynb').symlink_to(experiment_file('train'))
+    (tmp_path / 'some.yaml').write_text(SOME)
+    asked = ['batch', str(tmp_path / 'some.yaml'), '--runs', str(runs), '--estimate']
+    assert main([*asked, '--write', str(kept)]) in (0, None)
+    said = capsys.readouterr().out.splitlines()
+    assert said[2].split('cub is not under')[0].split() == ['some/elsewhere_smoke', '1']
+    here, untrained = read_json(kept)['rows']
+    assert (here['name'], here['runs']) == ('some/here_smoke', 2)
+    assert here['training'] == pytest.approx(100 * here['iteration'])
+    seconds = here['training'] + here['validation'] + here['test']
+    assert here['hours'] == pytest.approx(seconds / 3600) and here['validation'] > 0
+    assert untrained['training'] == untrained['validation'] == 0 < untrained['test']
+    assert 0 < here['least'] < here['recomputed'] <= here['peak']
+    assert not runs.exists()
+    assert main(['batch', str(tmp_path / 'some.yaml'), '--write', str(kept)]) == 2
+    assert 'belongs to --estimate' in capsys.readouterr().err

@@ -18,6 +18,7 @@ import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -216,6 +217,10 @@ def _add_batch(subcommands):
     batch.add_argument('--slurm', help=slurm, **_PAIRS)
     dry = 'only say what would be done (default: do it)'
     batch.add_argument('--dry-run', action='store_true', help=dry)
+    hours = 'only say how long each training would take here, by a trial (default: do it)'
+    batch.add_argument('--estimate', action='store_true', help=hours)
+    kept = 'with --estimate: also write what was found to FILE, as JSON (default: only say it)'
+    batch.add_argument('--write', type=Path, metavar='FILE', help=kept)
     stale = 'also run again what other code finished (default: leave it alone)'
     batch.add_argument('--stale', action='store_true', help=stale)
     _add_execution(batch)
@@ -232,6 +237,8 @@ def _batch(args):
     how |= dict(executor=args.executor, limit=args.limit, slurm=slurm)
     options = Options(args.jobs, gpus, **how)
     options.gpus = _visible(options.gpus)
+    if args.estimate or args.write:
+        return _estimates(planned, args)
     if args.dry_run:
         return _dry_run(planned, options)
     states = run_batch(planned, options, View())
@@ -258,6 +265,46 @@ def _dry_run(planned, options):
     count = f'{len(why)} of {len(planned)} runs would be executed'
     how = f'{options.at_once} at a time, by the executor {options.executor}'
     print(f'\n{count}, {how}; nothing was done')
+
+# %% ../../nbs/lab/20_command.ipynb #c7d30001
+def _estimates(planned, args):
+    "Say what each training of a batch would take, and write it down."
+    from fewshotmeta.training.timing import processor_name
+
+    if not args.estimate:
+        raise ValueError(f'--write {args.write} belongs to --estimate: give both, or neither')
+    print(f'{"":44s} runs  hours each  training  GPU, GB recomputed   least')
+    settings, rows = {}, []
+    for p in planned:
+        key = p.notebook, repr({k: v for k, v in p.params.items() if k != 'seed'})
+        settings.setdefault(key, []).append(p)
+    for same in settings.values():
+        name = re.sub(r'_seed\d+$', '', same[0].name)
+        found, said = _estimated(same[0])
+        print(f'{name:44s} {len(same):4d} {said}', flush=True)
+        if found:
+            rows.append(dict(name=name, runs=len(same), hours=found.hours, **asdict(found)))
+    hours = sum(row['runs'] * row['hours'] for row in rows)
+    print(f'{hours:,.1f} hours together, one run after another')
+    if args.write:
+        made_by = dict(device=device_name(), processor=processor_name(), **provenance())
+        write_json(args.write, dict(provenance=made_by, rows=rows))
+
+
+def _estimated(planned):
+    "The estimate of a run, none where there is none, and a line that says it."
+    from fewshotmeta.data.images import DataMissing
+    from fewshotmeta.lab.estimates import estimate, trains
+
+    if planned.params.get('learner') or not trains(planned.params):
+        return None, 'trains no learner: not estimated'
+    try:
+        found = estimate(planned.params)
+    except DataMissing as e:
+        return None, re.split(r' \(|: |\. ', str(e))[0]
+    share = found.training / 3600 / found.hours
+    held = f'{found.peak / 1e9:8.2f} {found.recomputed / 1e9:10.2f} {found.least / 1e9:7.2f}'
+    return found, f'{found.hours:11.2f} {share:9.0%} {held}'
 
 # %% ../../nbs/lab/20_command.ipynb #03483905
 def _numbers(text):

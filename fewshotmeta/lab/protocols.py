@@ -141,7 +141,7 @@ def samplers(
     min_images: int = 0,  # of your own: leave classes of fewer images out; 0: keep all
     skip_unreadable: bool = False,  # of your own: leave unreadable files out
 ) -> Tasks:
-    "Make the samplers of an experiment. Raises `ValueError`, `BadData` as the data sets do."
+    "Make the samplers of an experiment. Raises `ValueError`, `DataMissing` as the data sets do."
     if len(train_ways) not in (0, 2):
         raise ValueError(
             f'train_ways={list(train_ways)}: '
