@@ -3,8 +3,11 @@
 import errno
 import os
 import pickle
+import re
 import struct
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import forks
@@ -876,6 +879,27 @@ def test_a_header_that_was_altered_or_is_no_json(noise_bank, tmp_path):
     save_file({'images': noise_bank.images}, tmp_path / 'x', metadata=dict(bank='{'))
     with pytest.raises(BadBank, match='x is not a whole bank'):
         load_bank(tmp_path / 'x')
+
+
+def test_a_bank_that_another_process_builds_is_waited_for(noise_bank, own_cache):
+    made_from = dict(set='noise', size=8)
+    found = []
+
+    def take():
+        found.append(cached(made_from, None))  # nothing to build it with
+
+    cached(made_from, lambda: noise_bank)
+    (path,) = (own_cache / 'banks').glob('*.safetensors')
+    assert re.fullmatch('noise-[0-9a-f]{10}.safetensors', path.name)  # as in earlier versions
+    whole = path.read_bytes()
+    path.unlink()
+    with locked(path.with_suffix('.lock')):
+        other = threading.Thread(target=take)
+        other.start()
+        time.sleep(0.2)
+        path.write_bytes(whole)
+    other.join(10)
+    assert found[0].digest == noise_bank.digest
 
 
 def test_a_bank_is_built_once_and_without_a_word(noise_bank, own_cache, recwarn):

@@ -3,6 +3,8 @@
 import errno
 import gzip
 import io
+import json
+import math
 import os
 import pathlib
 import random
@@ -11,6 +13,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 
 import pytest
@@ -50,6 +53,15 @@ def test_read_json_of_all_sorts(tmp_path):
             read_json(path)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / 'none.json')
+
+
+def test_a_number_beyond_all_floats_is_no_json(tmp_path):
+    "Even under a seal that fits: Python would read infinity."
+    sealed = json.dumps(seal(dict(x=math.inf)))
+    for word in ('Infinity', '1e999'):
+        (tmp_path / 'x.json').write_text(sealed.replace('Infinity', word))
+        with pytest.raises(BadFile, match=f'x.json is not whole .*{word}|is not whole .*inf'):
+            read_json(tmp_path / 'x.json')
 
 
 def test_a_seal_does_not_depend_on_the_order():
@@ -141,6 +153,30 @@ def test_a_lock_is_free_when_its_holder_is_killed(tmp_path):
     holder.wait()
     with locked(lock, wait=0.2):
         pass
+
+
+def test_a_lock_is_waited_for(tmp_path):
+    "As long as it takes, where nothing else is said; its folder need not be there."
+    lock, had = tmp_path / 'a' / 'b' / 'lock', threading.Event()
+
+    def take():
+        with locked(lock):
+            had.set()
+
+    with locked(lock):
+        other = threading.Thread(target=take)
+        other.start()
+        assert not had.wait(0.2)
+    other.join(10)
+    assert had.is_set()
+
+
+def test_a_lock_is_free_after_an_error_that_somebody_keeps(tmp_path):
+    with pytest.raises(KeyError) as kept:
+        with locked(tmp_path / 'lock'):
+            raise KeyError('x')
+    with locked(tmp_path / 'lock', wait=0):
+        assert kept.value.__traceback__
 
 
 # ---- archives
@@ -408,6 +444,16 @@ def test_what_an_archive_may_unpack_to(tmp_path, junk, limit):
                 unpack(archive, tmp_path / 'data')
         else:
             assert unpack(archive, tmp_path / 'data') == ['x']
+
+
+def test_sizes_are_said_in_megabytes(tmp_path):
+    with tarfile.open(tmp_path / 'a.tar', 'w') as t:
+        m = tarfile.TarInfo('x')
+        m.size = 5 * 10**13
+        t.addfile(m)
+    said = 'to 50,000,000 MB at least, but the limit is 30,000,000 MB'
+    with pytest.raises(BadFile, match=said):
+        unpack(tmp_path / 'a.tar', tmp_path / 'data', limit=3 * 10**13)
 
 
 def test_a_bomb_is_left_as_soon_as_it_is_too_large(tmp_path):

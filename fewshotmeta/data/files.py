@@ -172,8 +172,7 @@ def locked(
     "Hold a lock that other processes respect. Raises `TimeoutError` after `wait`."
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(str(path), timeout=wait)
+        lock = FileLock(str(path), timeout=wait)  # makes the folder, too
         lock.acquire(poll_interval=0.1)
     except Timeout:
         raise TimeoutError(f'{path} is held by another process') from None
@@ -337,6 +336,6 @@ def _moves(new, old):
         return [(new, old)]
     if new.is_dir() and old.is_dir():
         return [move for n in sorted(new.iterdir()) for move in _moves(n, old / n.name)]
-    if new.is_file() and old.is_file() and filecmp.cmp(new, old, shallow=False):
+    if filecmp.cmp(new, old, shallow=False):  # never of a folder
         return []
     raise FileExistsError(f'{old} is there already, and is another one: remove it first')
