@@ -2,6 +2,7 @@
 
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -372,9 +373,8 @@ def test_fit_runs_what_it_cannot_record_unless_told_to(noise_bank, monkeypatch):
 @pytest.mark.parametrize('make', [MAKE['maml'], MAKE['mamlpp'], MAKE['hidra']])
 def test_bf16_is_near_float32_and_says_so(make, noise_bank, tmp_path):
     m, ep = make(), Episodes(*(t.float() if t.is_floating_point() else t for t in noise()))
-    exact, low = (
-        meta_gradient(m, ep, plan=plan_for('cpu', precision=p)) for p in ('float32', 'bf16')
-    )
+    plans = [replace(plan_for('cpu', 'batched'), precision=p) for p in ('float32', 'bf16')]
+    exact, low = (meta_gradient(m, ep, plan=plan) for plan in plans)
     assert (low.loss - exact.loss).abs() < 0.05 and 1e-6 < abs(low.loss - exact.loss)
     train = EpisodeSampler(noise_bank, 3, 1, 2)
     fit(
@@ -382,14 +382,19 @@ def test_bf16_is_near_float32_and_says_so(make, noise_bank, tmp_path):
         train,
         2,
         meta_batch=2,
-        plan=plan_for('cpu', precision='bf16'),
+        plan=plans[1],
         checkpoint=tmp_path,
         progress=False,
     )
     with pytest.raises(BadCheckpoint, match='precision'):
         fit(make(), train, 2, meta_batch=2, checkpoint=tmp_path, progress=False)
-    with pytest.raises(ValueError, match="tf32.*GPU"):
-        plan_for('cpu', precision='tf32')
+
+
+@pytest.mark.parametrize('precision', ['tf32', 'bf16'])
+def test_low_precision_is_a_gpus(precision):
+    with pytest.raises(ValueError, match=f"precision='{precision}' is a GPU's: choose float32"):
+        plan_for('cpu', precision=precision)
+    assert plan_for('cuda', precision=precision).precision == precision
 
 
 def test_a_schedule_that_nobody_announced_is_refused():

@@ -171,14 +171,6 @@ def test_a_lock_is_waited_for(tmp_path):
     assert had.is_set()
 
 
-def test_a_lock_is_free_after_an_error_that_somebody_keeps(tmp_path):
-    with pytest.raises(KeyError) as kept:
-        with locked(tmp_path / 'lock'):
-            raise KeyError('x')
-    with locked(tmp_path / 'lock', wait=0):
-        assert kept.value.__traceback__
-
-
 # ---- archives
 FILE = tarfile.REGTYPE
 LINK = tarfile.SYMTYPE

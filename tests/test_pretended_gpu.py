@@ -1,6 +1,7 @@
 """What runs on a GPU, on a pretended one: every learner as on a CPU, and nobody waits."""
 
 import collections
+from dataclasses import replace
 from functools import cache, partial
 
 import pytest
@@ -148,7 +149,8 @@ def test_every_plan_of_a_gpu(method, plan, waits, monkeypatch):
 def test_bf16_on_a_gpu(method, waits, monkeypatch):
     "In single precision, where it changes the convolutions."
     bf16 = dict(precision='bf16')
-    wanted, _ = trained(method, 'cpu', plan_for('cpu', 'batched', **bf16), dtype=torch.float32)
+    low = replace(plan_for('cpu', 'batched'), **bf16)
+    wanted, _ = trained(method, 'cpu', low, dtype=torch.float32)
     with pretended_gpu(monkeypatch):
         found, _ = trained(method, GPU, plan_for(GPU, **bf16), dtype=torch.float32)
     assert waits[-1] == {}

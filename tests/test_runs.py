@@ -393,7 +393,7 @@ def test_full_runs_folder(tmp_path, small_disk):
 # ---- the experiment
 def test_train_notebook_runs_what_no_batch_file_has(tmp_path):
     special = dict(
-        fomaml=dict(plan='loop', precision='bf16', recompute=True),
+        fomaml=dict(plan='loop', recompute=True),
         hidra=dict(train_ways=[2, 6], test_ways=[2, 7], clip_norm=10.0),
         hidra_mamlpp=dict(down='stride'),
         hypermaml=dict(labels='one_hot', augment=True),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -441,6 +442,9 @@ def of_source(folder, body):
     return names['own']
 
 
+LOW = replace(plan_for('cpu', 'batched'), precision='bf16')  # as on a GPU
+
+
 @pytest.mark.parametrize(
     'mine,other',
     [
@@ -448,7 +452,7 @@ def of_source(folder, body):
         (dict(schedule=partial(pow, 0.5)), dict(schedule=partial(pow, 0.6))),
         (dict(schedule=Halved(0.5)), dict(schedule=Halved(0.6))),
         (dict(clip=clipped), dict(clip=partial(clipped, bound=2.0))),
-        (dict(plan=None), dict(plan=plan_for('cpu', 'batched', precision='bf16'))),
+        (dict(plan=None), dict(plan=LOW)),
     ],
     ids=['closure', 'partial', 'object', 'clip', 'precision'],
 )
@@ -676,8 +680,7 @@ def half_done(tmp_path_factory, noise_bank):
 def test_the_configuration_in_a_checkpoint(train, valid, tmp_path):
     "A checkpoint of an earlier version continues only if these words and their values stay."
     options = dict(clip=10, betas=(0.5, 0.9), select='top_3', task_loss='sum')
-    plan = plan_for('cpu', 'batched', precision='bf16')
-    fitted(train, valid, tmp_path, iterations=1, plan=plan, **options)
+    fitted(train, valid, tmp_path, iterations=1, plan=LOW, **options)
     config = read_checkpoint(tmp_path)[0]['config']
     assert config.pop('learner') == describe(small())
     assert config == dict(

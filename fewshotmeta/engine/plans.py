@@ -36,7 +36,7 @@ class Plan:
     kernels: str = 'torch'  # norm, pool and activation: PyTorch's, or 'fused' in C (CPU)
     conv: str = 'grouped'  # of many tasks: 'grouped'; 'im2col' (patches); 'winograd' (task by task)
     capture: str = ''  # replay a recorded meta-iteration: 'graph' (CUDA), 'inductor'; '': run it
-    precision: str = 'float32'  # of the convolutions: 'float32', 'tf32' (GPU), 'bf16'
+    precision: str = 'float32'  # of the convolutions: 'float32'; on a GPU also 'tf32', 'bf16'
     recompute: bool = False  # keep the parameters of inner steps only, compute the rest again
     pixels: int = 0  # without gradients, tasks share a call up to so many pixels of support images
 
@@ -258,8 +258,8 @@ def plan_for(
     if name not in PLANS:
         raise ValueError(f'plan={name!r}: choose one of {", ".join(PLANS)}')
     plan = replace(PLANS[name](), **changes)
-    if cpu and plan.precision == 'tf32':
-        raise ValueError("precision='tf32' is a GPU's: choose float32 or bf16 on a CPU")
+    if cpu and plan.precision != 'float32':
+        raise ValueError(f"precision={plan.precision!r} is a GPU's: choose float32 on a CPU")
     return plan
 
 # %% ../../nbs/engine/00_plans.ipynb #6ed49fd3

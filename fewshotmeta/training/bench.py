@@ -35,7 +35,6 @@ PAIRS = [
     ('ours, threads', False),
     ('ours, together', True),
     ('ours, together', False),
-    ('ours, bf16', True),
     ('ours, recomputed', True),
     ('ours, loop', True),
     ('ours, plain', True),

@@ -179,8 +179,6 @@ CANDIDATES = {
     # one task a call, and four
     'ours, threads': Candidate(partial(_ours, name='threads'), gpu=False, adapts=False),
     'ours, together': Candidate(partial(_ours, name='together'), gpu=False, adapts=False),
-    # convolutions in bf16
-    'ours, bf16': Candidate(partial(_ours, precision='bf16'), precision='bf16'),
     'ours, loop': Candidate(partial(_ours, name='loop'), gpu=False),  # no worker threads
     'ours, plain': Candidate(partial(_ours, name='plain')),  # no C
     'ours, batched': Candidate(partial(_ours, name='batched')),  # all tasks in one call
@@ -190,6 +188,7 @@ CANDIDATES = {
     # the recorded meta-iteration compiled
     'ours, inductor': Candidate(partial(_ours, capture='inductor'), cpu=False, adapts=False),
     'ours, tf32': Candidate(partial(_ours, precision='tf32'), cpu=False, precision='tf32'),
+    'ours, bf16': Candidate(partial(_ours, precision='bf16'), cpu=False, precision='bf16'),
     'plain loop': Candidate(partial(_plain, chunk=1)),
     'plain loop, one graph': Candidate(partial(_plain, chunk=None), adapts=False),
     'learn2learn': Candidate(_learn2learn, package='learn2learn', **_LIBRARY),

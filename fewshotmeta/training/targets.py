@@ -49,7 +49,7 @@ def _fastest(result, case, candidates, keep):
 
 
 def _time_targets(result, case):
-    "Time of a case of training against the fastest peer, the best named plan and float32."
+    "Time of a case of training against the fastest peer and the best named plan."
     ours = _row(result, case, 'ours', False)
     if ours and (peer := _fastest(result, case, PEERS, False)):
         bound = 0.23 if case.size == LARGE['size'] else 0.26
@@ -62,9 +62,6 @@ def _time_targets(result, case):
             against = f'{named["candidate"]}, the best named plan'
             what = f'{case.name}: the chosen plan, {how}'
             yield _at_most(what, 1.05, ours['ms'] / named['ms'], against)
-    ours, bf16 = (_row(result, case, name, True) for name in ('ours', 'ours, bf16'))
-    if ours and bf16:
-        yield _at_most(f'{case.name}: bf16', 0.5, bf16['ms'] / ours['ms'], 'ours in float32')
 
 # %% ../../nbs/training/09_targets.ipynb #01cbb566
 def _adaptation_targets(result):
