@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from forks import Fork
 
 from fewshotmeta.all import *
+from fewshotmeta.engine import kernels
 from fewshotmeta.engine.kernels import _NormPool, c_source, kernels_used
 from test_maml import noise
 
@@ -354,6 +356,43 @@ def test_which_kernels_ran(tmp_path, compiled):
     assert not (tmp_path / 'other').exists()
 
 
+SIDES = 1, 2, 3, 4, 5, 6, 7, 9
+
+
+@pytest.mark.parametrize('tile', [2, 4])
+@pytest.mark.parametrize('tasks', [1, 2])
+def test_winograds_three_maps_of_every_size(tile, tasks, monkeypatch):
+    "By tiles that fit and tiles that hang over, up to many at a time; channels in and out differ."
+    monkeypatch.setattr(kernels, '_tile', lambda n, h, w: tile)
+    maps, gen = kernels._Winograd(tasks), torch.Generator().manual_seed(0)
+    direct = EachTask(direct_convolution(1, 1, 1, torch.float64), tasks)
+    for h, w in product(SIDES, SIDES):
+        n = 1 if min(h, w) > 3 else 30
+        shapes = (tasks * n, 8, h, w), (tasks * 16, 8, 3, 3), (tasks * n, 16, h, w)
+        x, weight, gy = (random_like(shape, gen) for shape in shapes)
+        for name, args in dict(forward=(x, weight), to_input=(gy, x, weight)).items():
+            close(getattr(maps, name)(*args), getattr(direct, name)(*args))
+        close(maps.to_weight(gy, x, weight), direct.to_weight(gy, x, weight))
+
+
+def random_like(shape, gen):
+    return channels_last(torch.randn(shape, generator=gen, dtype=torch.float64))
+
+
+def close(found, wanted):
+    assert (found - wanted).abs().max() <= 1e-12 * wanted.abs().max()
+
+
+TILES = [(14, 3, 2), (14, 4, 4), (7, 15, 2), (7, 16, 4), (3, 63, 2), (3, 64, 4)]
+
+
+@pytest.mark.parametrize('size,n,tile', TILES)
+def test_large_tiles_where_they_save_enough(size, n, tile):
+    assert kernels._tile(n, size, size) == tile
+    assert kernels._tile(100, 10, 10) == kernels._tile(100, 6, 6) == 2
+    assert kernels._tile(100, 42, 42) == kernels._tile(100, 28, 3) == 4
+
+
 HUGE = 2**40
 NO_MEMORY = dict(
     norm_forward=[0, 1, 1, 1, HUGE, 0, 0, 0, 0, 0.0, 0.0, 0, 0, 0, 0],
@@ -363,8 +402,8 @@ NO_MEMORY = dict(
     first_forward=[0, 1, 1, HUGE, 1, 16, 1, 1, 0, 0, 0.0, 0, 0],
     first_weight=[0, 0, 0, 0, 1, 1, HUGE, 1, 16, 1, 1, 0.0, 0, 0],
     first_at=[0, 0, 0, 1, 1, HUGE, 3, 16, 1, 0, 0, 0, 0.0, 0],
-    wino_forward=[0, 1, 1, 1, 16, HUGE, 0, 0, 0, 0, 0],
-    wino_weight=[0, 0, 1, 1, 1, 16, HUGE, 0],
+    wino_forward=[0, 1, 1, 1, 16, HUGE, 0, 0, 0, 0, 4, 0],
+    wino_weight=[0, 0, 1, 1, 1, 16, HUGE, 2, 0],
 )
 
 

@@ -715,78 +715,161 @@ static inline void product_(
 }
 
 /* == tiles == */
-/* The 3x3 convolution, stride 1, padding 1, by Winograd's F(2x2, 3x3): 16 products for 4 outputs
- * instead of 36. v[e*lde], e = 0 ... 15: the 4x4 patch d at (i, j), transformed: B' d B. */
-inl void to_patch(const T *x, Z H, Z W, Z C, Z i, Z j, Z c, const T *zero, T *v, Z lde) {
-    V d[16];
-    FOR(a, 4)
-        FOR(b, 4) {
-            Z p = i + a - 1, q = j + b - 1;
-            d[a * 4 + b] =
-                ld(p >= 0 && p < H && q >= 0 && q < W ? x + (p * W + q) * C + c : zero);
-        }
-    FOR(a, 4) {
-        V *r = d + a * 4, r0 = r[0] - r[2], r1 = r[1] + r[2], r2 = r[2] - r[1], r3 = r[1] - r[3];
-        r[0] = r0;
-        r[1] = r1;
-        r[2] = r2;
-        r[3] = r3;
+/* The 3x3 convolution, stride 1, padding 1, by Winograd's F(ExE, 3x3), E = 2 or 4: P*P products,
+ * P = E + 2, for E*E outputs: 16 for 4 instead of 36, or 36 for 16 instead of 144. Each transform
+ * is a matrix applied to the columns and to the rows. Here they are, for vectors at a distance s,
+ * in place: r[0], r[s], ...; the points are 0, 1, -1 (2, -2 for E = 4) and infinity.
+ * B', of a patch: */
+inl void patch_(const int E, V *r, const int s) {
+    V a = r[0], b = r[s], c = r[2 * s], d = r[3 * s];
+    if (E == 2) {
+        r[0] = a - c;
+        r[s] = b + c;
+        r[2 * s] = c - b;
+        r[3 * s] = b - d;
+        return;
     }
-    FOR(b, 4) {
-        V *r = d + b;
-        st(v + b * lde, r[0] - r[8]);
-        st(v + (4 + b) * lde, r[4] + r[8]);
-        st(v + (8 + b) * lde, r[8] - r[4]);
-        st(v + (12 + b) * lde, r[4] - r[12]);
+    V e = r[4 * s], f = r[5 * s], u = e - 4 * c, v = d - 4 * b, p = e - c, q = 2 * (d - b);
+    r[0] = 4 * a - 5 * c + e;
+    r[s] = u + v;
+    r[2 * s] = u - v;
+    r[3 * s] = p + q;
+    r[4 * s] = p - q;
+    r[5 * s] = 4 * b - 5 * d + f;
+}
+
+/* A', of products: E outputs. */
+inl void outputs_(const int E, V *r, const int s) {
+    V a = r[0], b = r[s], c = r[2 * s], d = r[3 * s], sum = b + c, difference = b - c;
+    if (E == 2) {
+        r[0] = a + sum;
+        r[s] = difference - d;
+        return;
+    }
+    V e = r[4 * s], f = r[5 * s], u = d + e, v = d - e;
+    r[0] = a + sum + u;
+    r[s] = difference + 2 * v;
+    r[2 * s] = sum + 4 * u;
+    r[3 * s] = difference + 8 * v + f;
+}
+
+/* A, the transpose of that, of gradients of the outputs. */
+inl void gradients_(const int E, V *r, const int s) {
+    V a = r[0], b = r[s];
+    if (E == 2) {
+        r[s] = a + b;
+        r[2 * s] = a - b;
+        r[3 * s] = -b;
+        return;
+    }
+    V c = r[2 * s], d = r[3 * s], u = a + c, v = b + d, p = a + 4 * c, q = 2 * b + 8 * d;
+    r[s] = u + v;
+    r[2 * s] = u - v;
+    r[3 * s] = p + q;
+    r[4 * s] = p - q;
+    r[5 * s] = d;
+}
+
+/* G, of three weights. */
+inl void weights_(const int E, V *r, const int s) {
+    V a = r[0], b = r[s], c = r[2 * s];
+    if (E == 2) {
+        V u = (a + c) * (T)0.5, v = b * (T)0.5;
+        r[s] = u + v;
+        r[2 * s] = u - v;
+        r[3 * s] = c;
+        return;
+    }
+    V u = (a + c) * (T)(-1. / 6), v = b * (T)(1. / 6), p = a * (T)(1. / 24) + c * (T)(1. / 6),
+      q = b * (T)(1. / 12);
+    r[0] = a * (T)0.25;
+    r[s] = u - v;
+    r[2 * s] = u + v;
+    r[3 * s] = p + q;
+    r[4 * s] = p - q;
+    r[5 * s] = c;
+}
+
+/* G', the transpose of that: the gradients of three weights. */
+inl void weight_gradients_(const int E, V *r, const int s) {
+    V a = r[0], b = r[s], c = r[2 * s], d = r[3 * s], sum = b + c, difference = b - c;
+    if (E == 2) {
+        r[0] = a + sum * (T)0.5;
+        r[s] = difference * (T)0.5;
+        r[2 * s] = sum * (T)0.5 + d;
+        return;
+    }
+    V e = r[4 * s], f = r[5 * s], u = sum * (T)(1. / 6);
+    r[0] = a * (T)0.25 - u + (d + e) * (T)(1. / 24);
+    r[s] = (d - e) * (T)(1. / 12) - difference * (T)(1. / 6);
+    r[2 * s] = (d + e) * (T)(1. / 6) - u + f;
+}
+
+/* Where the n*n pixels from (i, j) on lie in an image; those outside of it: at zero. */
+inl void pixels(const int n, T *x, Z H, Z W, Z C, Z i, Z j, T *zero, T **at) {
+    FOR(a, n)
+        FOR(b, n) {
+            Z p = i + a, q = j + b;
+            at[a * n + b] = p >= 0 && p < H && q >= 0 && q < W ? x + (p * W + q) * C : zero;
+        }
+}
+
+/* Patches of P*P pixels, transformed, to v[e*lde], e = 0 ... P*P - 1. */
+inl void to_patch(const int E, T **at, Z c, T *v, Z lde) {
+    const int P = E + 2;
+    V d[36];
+    FOR(a, P) {
+        FOR(b, P)
+            d[a * P + b] = ld(at[a * P + b] + c);
+        patch_(E, d + a * P, 1);
+    }
+    FOR(b, P)
+        patch_(E, d + b, P);
+    FOR(e, P * P)
+        st(v + e * lde, d[e]);
+}
+
+/* The E*E outputs from the products m[e*lde]. */
+inl void from_products(const int E, const T *m, Z lde, T **at, Z c) {
+    const int P = E + 2;
+    V d[36];
+    FOR(b, P) {
+        FOR(a, P)
+            d[a * P + b] = ld(m + (a * P + b) * lde);
+        outputs_(E, d + b, P);
+    }
+    FOR(a, E) {
+        outputs_(E, d + a * P, 1);
+        FOR(b, E)
+            st(at[a * E + b] + c, d[a * P + b]);
     }
 }
 
-/* The 2x2 outputs at (i, j) from m[e*lde]: A' m A. */
-inl void from_products(const T *m, Z lde, T *y, Z H, Z W, Z C, Z i, Z j, Z c) {
-    V s[2][4];
-    FOR(b, 4) {
-        V m0 = ld(m + b * lde), m1 = ld(m + (4 + b) * lde), m2 = ld(m + (8 + b) * lde),
-          m3 = ld(m + (12 + b) * lde);
-        s[0][b] = m0 + m1 + m2;
-        s[1][b] = m1 - m2 - m3;
+/* The transpose of that, for the gradient of the weights, from the E*E gradients. */
+inl void to_products(const int E, T **at, Z c, T *m, Z lde) {
+    const int P = E + 2;
+    V d[36];
+    FOR(a, E) {
+        FOR(b, E)
+            d[a * P + b] = ld(at[a * E + b] + c);
+        gradients_(E, d + a * P, 1);
     }
-    FOR(a, 2)
-        if (i + a < H) {
-            T *to = y + ((i + a) * W + j) * C + c;
-            st(to, s[a][0] + s[a][1] + s[a][2]);
-            if (j + 1 < W)
-                st(to + C, s[a][1] - s[a][2] - s[a][3]);
-        }
-}
-
-/* The transpose of that, for the gradient of the weights: A g A' of the 2x2 gradients at (i, j). */
-inl void to_products(const T *g, Z H, Z W, Z C, Z i, Z j, Z c, const T *zero, T *m, Z lde) {
-    V t[4][2];
-    FOR(b, 2) {
-        V g0 = ld(j + b < W ? g + (i * W + j + b) * C + c : zero),
-          g1 = ld(i + 1 < H && j + b < W ? g + ((i + 1) * W + j + b) * C + c : zero);
-        t[0][b] = g0;
-        t[1][b] = g0 + g1;
-        t[2][b] = g0 - g1;
-        t[3][b] = -g1;
-    }
-    FOR(a, 4) {
-        st(m + a * 4 * lde, t[a][0]);
-        st(m + (a * 4 + 1) * lde, t[a][0] + t[a][1]);
-        st(m + (a * 4 + 2) * lde, t[a][0] - t[a][1]);
-        st(m + (a * 4 + 3) * lde, -t[a][1]);
-    }
+    FOR(b, P)
+        gradients_(E, d + b, P);
+    FOR(e, P * P)
+        st(m + e * lde, d[e]);
 }
 
 /* == scratch == */
-enum { TILES = 48 }; /* at a time: what they touch stays in the second-level cache */
+/* Tiles at a time: what they touch stays in the second-level cache. */
+#define TILES(E) ((E) == 2 ? 48 : 18)
 
-/* Sixteen parts each of transformed weights U, patches v and products m, and a vector of zeros.
- * A part is followed by a vector of nothing, since distances that are a multiple of 4 KB would
- * share cache sets. */
+/* P*P parts each of transformed weights U, patches v and products m; a pixel of zeros, and one
+ * that is written and not read. A part is followed by a vector of nothing, since distances that
+ * are a multiple of 4 KB would share cache sets. */
 typedef struct {
     Z su, sv, sm; /* from one part to the next */
-    T *U, *v, *m, *zero;
+    T *U, *v, *m, *zero, *waste;
 } Scratch;
 
 static T *aligned(Z n) { return aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64); }
@@ -796,122 +879,145 @@ static void release(Scratch *s) {
     free(s->v);
     free(s->m);
     free(s->zero);
+    free(s->waste);
 }
 
-static int reserve(Scratch *s, Z C, Z O) {
+static int reserve(Scratch *s, int E, Z C, Z O) {
+    Z parts = (E + 2) * (E + 2);
     s->su = C * O + L;
-    s->sv = TILES * C + L;
-    s->sm = TILES * O + L;
-    s->U = aligned(16 * s->su);
-    s->v = aligned(16 * s->sv);
-    s->m = aligned(16 * s->sm);
-    s->zero = aligned(L);
-    if (!s->U || !s->v || !s->m || !s->zero) {
+    s->sv = TILES(E) * C + L;
+    s->sm = TILES(E) * O + L;
+    s->U = aligned(parts * s->su);
+    s->v = aligned(parts * s->sv);
+    s->m = aligned(parts * s->sm);
+    s->zero = aligned(C > O ? C : O);
+    s->waste = aligned(O);
+    if (!s->U || !s->v || !s->m || !s->zero || !s->waste) {
         release(s);
         return 1;
     }
-    memset(s->zero, 0, 64);
+    memset(s->zero, 0, (C > O ? C : O) * sizeof(T));
     return 0;
+}
+
+/* Where tile k is: its image, the row i and the column j of its first output. */
+#define PLACE(k, image, i, j) \
+    const Z image = (k) / (th * tw), i = (k) / tw % th * E, j = (k) % tw * E
+
+/* Ask for a part of the images that the next tiles read or write, since the memory is slow and
+ * what comes next is known: images of `size` numbers with `tiles` tiles each, `all` tiles. */
+inl void ahead(const T *x, Z size, Z tiles, Z first, Z n, Z all, int part, int parts) {
+    Z begin = first * size / tiles, end = (first + n < all ? first + n : all) * size / tiles;
+    if (begin >= end)
+        return;
+    Z from = begin + (end - begin) * part / parts, to = begin + (end - begin) * (part + 1) / parts;
+    for (Z p = from; p < to; p += L)
+        __builtin_prefetch(x + p, 0, 2);
 }
 
 /* == wino_forward == */
-/* y (N, H, W, O) = x (N, H, W, C) * w; w (9, C, O), strides tap, in and 1; flip: the taps in
- * reverse order, as the gradient of the input needs them. */
-int wino_forward(const T *x, Z N, Z H, Z W, Z C, Z O, const T *w, Z tap, Z in, Z flip, T *y) {
-    Z th = (H + 1) / 2, tw = (W + 1) / 2, all_tiles = N * th * tw;
+inl int wino_forward_(
+    const int E, const T *x, Z N, Z H, Z W, Z C, Z O, const T *w, Z tap, Z in, Z flip, T *y
+) {
+    const int P = E + 2;
+    Z th = (H + E - 1) / E, tw = (W + E - 1) / E, all_tiles = N * th * tw;
     Scratch scratch;
-    if (reserve(&scratch, C, O))
+    if (reserve(&scratch, E, C, O))
         return 1;
     const Z su = scratch.su, sv = scratch.sv, sm = scratch.sm;
-    T *U = scratch.U, *v = scratch.v, *m = scratch.m, *zero = scratch.zero;
+    T *U = scratch.U, *v = scratch.v, *m = scratch.m, *zero = scratch.zero, *at[36];
     for (Z c = 0; c < C; c++)
         for (Z o = 0; o < O; o += L) {
-            V g[3][3], h[4][3];
-            const V half = all(0.5);
+            V d[36];
             FOR(a, 3)
                 FOR(b, 3)
-                    g[a][b] = ld(w + (flip ? 8 - a * 3 - b : a * 3 + b) * tap + c * in + o);
-            FOR(b, 3) {
-                V e = (g[0][b] + g[2][b]) * half, f = g[1][b] * half;
-                h[0][b] = g[0][b];
-                h[1][b] = e + f;
-                h[2][b] = e - f;
-                h[3][b] = g[2][b];
-            }
-            FOR(a, 4) {
-                V e = (h[a][0] + h[a][2]) * half, f = h[a][1] * half;
-                T *to = U + a * 4 * su + c * O + o;
-                st(to, h[a][0]);
-                st(to + su, e + f);
-                st(to + 2 * su, e - f);
-                st(to + 3 * su, h[a][2]);
-            }
+                    d[a * P + b] = ld(w + (flip ? 8 - a * 3 - b : a * 3 + b) * tap + c * in + o);
+            FOR(a, 3)
+                weights_(E, d + a * P, 1);
+            FOR(b, P)
+                weights_(E, d + b, P);
+            FOR(e, P * P)
+                st(U + e * su + c * O + o, d[e]);
         }
-    for (Z t0 = 0; t0 < all_tiles; t0 += TILES) {
-        Z n = all_tiles - t0 < TILES ? all_tiles - t0 : TILES;
+    for (Z t0 = 0; t0 < all_tiles; t0 += TILES(E)) {
+        Z n = all_tiles - t0 < TILES(E) ? all_tiles - t0 : TILES(E);
         for (Z t = 0; t < n; t++) {
-            Z k = t0 + t, i = k / tw % th * 2, j = k % tw * 2;
-            const T *from = x + k / (th * tw) * H * W * C;
+            PLACE(t0 + t, image, i, j);
+            pixels(P, (T *)x + image * H * W * C, H, W, C, i - 1, j - 1, zero, at);
             for (Z c = 0; c < C; c += L)
-                to_patch(from, H, W, C, i, j, c, zero, v + t * C + c, sv);
+                to_patch(E, at, c, v + t * C + c, sv);
         }
-        FOR(e, 16)
+        for (int e = 0; e < P * P; e++) {
             product_(0, v + e * sv, C, 1, U + e * su, O, n, C, O, m + e * sm, O);
+            ahead(x, H * W * C, th * tw, t0 + n, n, all_tiles, e, P * P);
+            ahead(y, H * W * O, th * tw, t0, n, all_tiles, e, P * P);
+        }
         for (Z t = 0; t < n; t++) {
-            Z k = t0 + t, i = k / tw % th * 2, j = k % tw * 2;
-            T *to = y + k / (th * tw) * H * W * O;
+            PLACE(t0 + t, image, i, j);
+            pixels(E, y + image * H * W * O, H, W, O, i, j, scratch.waste, at);
             for (Z o = 0; o < O; o += L)
-                from_products(m + t * O + o, sm, to, H, W, O, i, j, o);
+                from_products(E, m + t * O + o, sm, at, o);
         }
     }
     release(&scratch);
     return 0;
 }
 
+/* y (N, H, W, O) = x (N, H, W, C) * w by tiles of E*E outputs; w (9, C, O), strides tap, in and 1;
+ * flip: the taps in reverse order, as the gradient of the input needs them. */
+int wino_forward(
+    const T *x, Z N, Z H, Z W, Z C, Z O, const T *w, Z tap, Z in, Z flip, Z E, T *y
+) {
+    return E == 4 ? wino_forward_(4, x, N, H, W, C, O, w, tap, in, flip, y)
+                  : wino_forward_(2, x, N, H, W, C, O, w, tap, in, flip, y);
+}
+
 /* == wino_weight == */
-/* gw (O, 3, 3, C): the gradient of the weights from gy (N, H, W, O). */
-int wino_weight(const T *x, const T *gy, Z N, Z H, Z W, Z C, Z O, T *gw) {
-    Z th = (H + 1) / 2, tw = (W + 1) / 2, all_tiles = N * th * tw;
+inl int wino_weight_(const int E, const T *x, const T *gy, Z N, Z H, Z W, Z C, Z O, T *gw) {
+    const int P = E + 2;
+    Z th = (H + E - 1) / E, tw = (W + E - 1) / E, all_tiles = N * th * tw;
     Scratch scratch;
-    if (reserve(&scratch, C, O))
+    if (reserve(&scratch, E, C, O))
         return 1;
     const Z su = scratch.su, sv = scratch.sv, sm = scratch.sm;
-    T *U = scratch.U, *v = scratch.v, *m = scratch.m, *zero = scratch.zero;
-    memset(U, 0, 16 * su * sizeof(T));
-    for (Z t0 = 0; t0 < all_tiles; t0 += TILES) {
-        Z n = all_tiles - t0 < TILES ? all_tiles - t0 : TILES;
+    T *U = scratch.U, *v = scratch.v, *m = scratch.m, *zero = scratch.zero, *at[36];
+    memset(U, 0, P * P * su * sizeof(T));
+    for (Z t0 = 0; t0 < all_tiles; t0 += TILES(E)) {
+        Z n = all_tiles - t0 < TILES(E) ? all_tiles - t0 : TILES(E);
         for (Z t = 0; t < n; t++) {
-            Z k = t0 + t, i = k / tw % th * 2, j = k % tw * 2;
-            const T *from = x + k / (th * tw) * H * W * C;
-            const T *grad = gy + k / (th * tw) * H * W * O;
+            PLACE(t0 + t, image, i, j);
+            pixels(P, (T *)x + image * H * W * C, H, W, C, i - 1, j - 1, zero, at);
             for (Z c = 0; c < C; c += L)
-                to_patch(from, H, W, C, i, j, c, zero, v + t * C + c, sv);
+                to_patch(E, at, c, v + t * C + c, sv);
+            pixels(E, (T *)gy + image * H * W * O, H, W, O, i, j, zero, at);
             for (Z o = 0; o < O; o += L)
-                to_products(grad, H, W, O, i, j, o, zero, m + t * O + o, sm);
+                to_products(E, at, o, m + t * O + o, sm);
         }
-        FOR(e, 16)
+        for (int e = 0; e < P * P; e++) {
             product_(1, m + e * sm, 1, O, v + e * sv, C, O, n, C, U + e * su, C);
+            ahead(x, H * W * C, th * tw, t0 + n, n, all_tiles, e, P * P);
+            ahead(gy, H * W * O, th * tw, t0 + n, n, all_tiles, e, P * P);
+        }
     }
     for (Z o = 0; o < O; o++)
         for (Z c = 0; c < C; c += L) {
-            V h[3][4];
-            const V half = all(0.5);
-            const T *u = U + o * C + c;
-            FOR(b, 4) {
-                V u0 = ld(u + b * su), u1 = ld(u + (4 + b) * su), u2 = ld(u + (8 + b) * su),
-                  u3 = ld(u + (12 + b) * su), e = (u1 + u2) * half;
-                h[0][b] = u0 + e;
-                h[1][b] = (u1 - u2) * half;
-                h[2][b] = e + u3;
-            }
-            FOR(a, 3) {
-                V e = (h[a][1] + h[a][2]) * half;
-                T *to = gw + (o * 9 + a * 3) * C + c;
-                st(to, h[a][0] + e);
-                st(to + C, (h[a][1] - h[a][2]) * half);
-                st(to + 2 * C, e + h[a][3]);
-            }
+            V d[36];
+            FOR(e, P * P)
+                d[e] = ld(U + e * su + o * C + c);
+            FOR(b, P)
+                weight_gradients_(E, d + b, P);
+            FOR(a, 3)
+                weight_gradients_(E, d + a * P, 1);
+            FOR(a, 3)
+                FOR(b, 3)
+                    st(gw + (o * 9 + a * 3 + b) * C + c, d[a * P + b]);
         }
     release(&scratch);
     return 0;
+}
+
+/* gw (O, 3, 3, C): the gradient of the weights from gy (N, H, W, O), by tiles of E*E outputs. */
+int wino_weight(const T *x, const T *gy, Z N, Z H, Z W, Z C, Z O, Z E, T *gw) {
+    return E == 4 ? wino_weight_(4, x, gy, N, H, W, C, O, gw)
+                  : wino_weight_(2, x, gy, N, H, W, C, O, gw);
 }

@@ -227,6 +227,18 @@ def _images(like, n, c, h, w, dtype=None):
     "Uninitialised images (n, c, h, w), channels-last."
     return torch.empty((n, c, h, w), dtype=dtype or like.dtype, memory_format=torch.channels_last)
 
+# %% ../../nbs/engine/03_kernels.ipynb #c7d50002
+def _tiles(h, w, side):
+    "Tiles of an image, with so many outputs a side."
+    return -(-h // side) * -(-w // side)
+
+
+def _tile(n, h, w):
+    "Outputs a side of Winograd's tiles: 2, or 4 where `n` images are better off with that."
+    small, large = _tiles(h, w, 2), _tiles(h, w, 4)
+    saves = large * 36 <= 0.75 * small * 16
+    return 4 if saves and n * large >= 64 else 2
+
 # %% ../../nbs/engine/03_kernels.ipynb #565a92e9
 class _Winograd(NamedTuple):
     "3×3 convolution, stride 1, padding 1, and its two derivatives, for channels-last images."
@@ -241,7 +253,8 @@ class _Winograd(NamedTuple):
         w = w.unflatten(0, (self.tasks, o)).permute(0, 3, 4, 2, 1).contiguous()
         y = _images(x, n, o, h, width)
         sizes = n // self.tasks, h, width, c, o
-        _call('wino_forward', x.dtype, self.tasks, x, *sizes, w, c * o, o, 0, y)
+        tile = _tile(*sizes[:3])
+        _call('wino_forward', x.dtype, self.tasks, x, *sizes, w, c * o, o, 0, tile, y)
         return y
 
     def to_input(self, gy, x, w):
@@ -251,7 +264,8 @@ class _Winograd(NamedTuple):
         gy, w = channels_last(gy), channels_last(w)
         gx = _images(gy, n, c, h, width)
         sizes = n // self.tasks, h, width, o, c
-        _call('wino_forward', gy.dtype, self.tasks, gy, *sizes, w, c, 9 * c, 1, gx)
+        tile = _tile(*sizes[:3])
+        _call('wino_forward', gy.dtype, self.tasks, gy, *sizes, w, c, 9 * c, 1, tile, gx)
         return gx
 
     def to_weight(self, gy, x, w):
@@ -260,7 +274,8 @@ class _Winograd(NamedTuple):
         o = gy.shape[1]
         x, gy = channels_last(x), channels_last(gy)
         gw = _images(x, self.tasks * o, c, 3, 3)
-        _call('wino_weight', x.dtype, self.tasks, x, gy, n // self.tasks, h, width, c, o, gw)
+        sizes = n // self.tasks, h, width, c, o
+        _call('wino_weight', x.dtype, self.tasks, x, gy, *sizes, _tile(*sizes[:3]), gw)
         return gw
 
 # %% ../../nbs/engine/03_kernels.ipynb #ab7ee4d6
@@ -274,7 +289,7 @@ def _winograd_pays(x, w, stride, tasks, n):
     "Whether a convolution of `n` images a task is faster by Winograd's method."
     vector = 64 // x.element_size()
     full = x.shape[1] % vector == len(w) // tasks % vector == 0
-    return _wide() and stride == 1 and full and (min(x.shape[2:]) > 3 or n <= 16)
+    return _wide() and stride == 1 and full and (min(x.shape[2:]) > 2 or n <= 16)
 
 
 def _filters(x, w, stride, tasks, n):

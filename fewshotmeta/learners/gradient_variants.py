@@ -57,7 +57,7 @@ def _sign(grad):
     "The sign of a gradient, (tasks, …); 0 of what is rounding error beside the task's largest."
     size = grad.abs()
     largest = size.flatten(1).amax(1).view(-1, *[1] * (grad.dim() - 1))
-    return grad.sign() * (size > 16 * torch.finfo(grad.dtype).eps * largest)
+    return grad.sign() * (size > 64 * torch.finfo(grad.dtype).eps * largest)
 
 # %% ../../nbs/learners/17_gradient_variants.ipynb #7cf2ad02
 def unicorn_maml(
