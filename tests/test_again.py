@@ -1,12 +1,16 @@
 """Runs that are made again, and runs that other code has begun: nothing finished is lost."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import signal
 import sys
 import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 import pytest
 import fewshotmeta.lab.runs as runs_room
 from conftest import full
@@ -313,17 +317,27 @@ def test_a_further_rank_only_follows(finished, monkeypatch, capsys):
     assert 'rank 1: exp.ipynb raised' in capsys.readouterr().err
 
 
-def test_one_that_is_finished_just_before_us(finished, monkeypatch):
+@pytest.fixture
+def just_before_us(monkeypatch):
+    "`just_before_us(act)`: `act()` is what another process does just before we hold the run."
+    hold = runs_room.hold_run
+
+    def set_act(act):
+        @contextlib.contextmanager
+        def too_late(*args):
+            with hold(*args) as folder:
+                act()
+                yield folder
+
+        monkeypatch.setattr(runs_room, 'hold_run', too_late)
+
+    return set_act
+
+
+def test_one_that_is_finished_just_before_us(finished, just_before_us, monkeypatch):
     "It is theirs; where other ranks wait for ours, that is an error."
-    result, hold = (folder_of(finished) / 'result.json').read_bytes(), runs_room.hold_run
-
-    @contextlib.contextmanager
-    def too_late(*args):
-        with hold(*args) as folder:
-            (folder / 'result.json').write_bytes(result)
-            yield folder
-
-    monkeypatch.setattr(runs_room, 'hold_run', too_late)
+    file = folder_of(finished) / 'result.json'
+    just_before_us(partial(file.write_bytes, file.read_bytes()))
     for size in (None, '1'):
         (folder_of(finished) / 'result.json').unlink()
         assert run(finished)['already']
@@ -332,6 +346,63 @@ def test_one_that_is_finished_just_before_us(finished, monkeypatch):
     (folder_of(finished) / 'result.json').unlink()
     with pytest.raises(RunBusy, match='demo/one was finished by another process just now'):
         run(finished)
+
+
+def test_what_is_finished_is_found_by_every_rank_whoever_holds_it(finished, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with hold_run(finished.parent / 'runs', *PLACE, {}):
+        for rank in '0', '1':
+            monkeypatch.setenv('RANK', rank)
+            assert run(finished)['already']
+
+
+def test_how_a_notebook_is_executed(tmp_path, monkeypatch):
+    "Shown and without a limit, if nothing else is asked for; of several ranks only the first's."
+    nb, told = notebook(tmp_path, PARAMETERS, *CELLS), []
+
+    def executed(notebook, folder, params, quiet, limit, run=None):
+        who = read_marker(tmp_path / 'runs', *PLACE)
+        told.append((quiet, limit, who.get('job')))
+        return execute_here(notebook, folder, params)
+
+    monkeypatch.setattr(runs_room, 'execute_notebook', executed)
+    again = partial(runs_room.run_notebook, nb, {}, 'demo/one', tmp_path / 'runs', force=True)
+    again()
+    again(quiet=True, limit=5, note=dict(job='7'))
+    monkeypatch.setenv('RANK', '1')
+    again(limit=5)
+    assert told == [(False, 0, None), (True, 5, '7'), (True, 5, None)]
+
+
+def test_a_run_says_its_seconds_to_the_hundredth(tmp_path, monkeypatch):
+    clock = iter([1.0, 3.4567])
+    monkeypatch.setattr(runs_room, 'time', SimpleNamespace(perf_counter=partial(next, clock)))
+    assert run(notebook(tmp_path, PARAMETERS, *CELLS))['seconds'] == 2.46
+
+
+def test_a_half_written_file_may_go_by_itself(tmp_path, monkeypatch):
+    "Its own writer removes it between our look and our removal."
+    nb, unlink = notebook(tmp_path, PARAMETERS, *CELLS), Path.unlink
+    half = folder_of(nb) / '.metrics.csv.7.partial'
+    half.parent.mkdir(parents=True)
+    half.touch()
+
+    def later(path, missing_ok=False):
+        if path == half:
+            unlink(path)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, 'unlink', later)
+    run(nb)
+    assert files(nb) == sorted([*WHOLE, 'tasks.csv'])
+
+
+def test_a_list_of_files_in_a_run_s_own_folder_removes_nothing(tmp_path):
+    "It is there where a folder was copied by hand out of `runs/.new`."
+    nb = notebook(tmp_path, PARAMETERS, *CELLS)
+    write_json(folder_of(nb) / '.files.json', dict(names=['metrics.csv']))
+    run(nb)
+    assert files(nb) == sorted(['.files.json', *WHOLE, 'tasks.csv'])
 
 
 # ---- how it stands
@@ -497,11 +568,61 @@ def test_killed_at_every_write(finished, tmp_path, record):
     record(what, tries=old + new, survived=old + new, old=old, new=new)
 
 
+def killed_once_whole(nb):
+    "Make a run again, up to where the new one is whole and no file of it is in its place."
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, 'move', die)
+        run(nb, dict(x=3), force=True)
+    assert (anew(nb) / 'result.json').exists()
+    assert read_json(folder_of(nb) / 'result.json')['params']['x'] == 2
+
+
+def test_a_new_run_that_is_whole_is_found_by_who_asks_for_it(finished):
+    "Nothing is left of how it was made."
+    killed_once_whole(finished)
+    assert run(finished, dict(x=3))['already']
+    assert contents(finished) == NEW
+    assert files(finished) == WHOLE
+
+
+def test_one_whose_process_dies_just_before_us_is_not_made_again(finished, just_before_us):
+    when = read_json(folder_of(finished) / 'result.json')['finished']
+    killed_once_whole(finished)
+    aside = anew(finished).rename(anew(finished).with_name('aside'))
+    just_before_us(partial(aside.rename, anew(finished)))
+    assert run(finished, dict(x=3), force=True, since=when + 'Z')['already']
+    assert contents(finished) == NEW
+
+
+def test_a_folder_that_cannot_be_removed_costs_no_result(finished, monkeypatch):
+    "As on a network's file system, while another process has a file of it open."
+
+    def busy(*args, **options):
+        raise OSError(errno.EBUSY, 'busy')
+
+    def executed(*args):
+        result = execute_here(*args)
+        monkeypatch.setattr(os, 'rmdir', busy)
+        return result
+
+    monkeypatch.setattr(runs_room, 'execute_notebook', executed)
+    assert run(finished, dict(x=3), force=True)['params']['x'] == 3
+    assert contents(finished) == NEW
+    assert anew(finished).exists()
+    assert state(finished, x=3).kind == 'done'
+
+
 def all_of(nb):
     return lambda: all_results(nb.parent / 'runs')
 
 
-def test_who_looks_does_not_disturb_who_replaces(finished, tmp_path):
+def test_who_looks_does_not_disturb_who_replaces(finished, tmp_path, monkeypatch):
+    "Nor wait for it."
+    monkeypatch.setattr(time, 'sleep', lambda seconds: pytest.fail('it waits'))
     shutil.copytree(folder_of(finished), anew(finished))
     write_json(anew(finished) / '.files.json', dict(names=['notebook.ipynb']))
     with locked(marker(tmp_path / 'runs', *PLACE, 'lock')):
@@ -551,6 +672,16 @@ def test_other_code_is_refused_with_the_ways_out(interrupted):
     assert not (folder_of(interrupted) / 'result.json').exists()
 
 
+def test_one_that_other_code_began_just_before_us_is_refused(interrupted, just_before_us):
+    folder = folder_of(interrupted)
+    origin, aside = begun_by(folder), folder.rename(folder.with_name('aside'))
+    just_before_us(partial(aside.rename, folder))
+    notebook(interrupted.parent, PARAMETERS, *OTHER)
+    with pytest.raises(CodeChanged):
+        go_on(interrupted)
+    assert begun_by(folder) == origin
+
+
 BACK = [
     (dict(commit='0123456789ab', dirty=False), 'commit 0123456789 to continue'),
     (dict(commit='0123456789ab', dirty=True), 'commit 0123456789 and its uncommitted changes to'),
@@ -575,6 +706,38 @@ def test_what_began_it_is_not_known_if_its_record_is_not_whole(interrupted):
     (folder / '.origin.json').write_text('{')
     assert begun_by(folder) == {}
     assert changed_since_begun(folder, interrupted, {}) == ''
+
+
+NO_ORIGINS = [
+    *(dict([pair]) for pair in dict(digest=3, modules=[], commit=3, versions=[]).items()),
+    *(dict([pair]) for pair in dict(params=3, force=None, resumed_with={}).items()),
+    *(dict(resumed_with=[later]) for later in (3, 'ab', [], ['ab'], {}, dict(digest=3))),
+]
+
+
+@pytest.mark.parametrize('change', NO_ORIGINS, ids=str)
+def test_a_record_of_another_form_says_nothing_of_what_began_it(interrupted, change):
+    file = folder_of(interrupted) / '.origin.json'
+    write_json(file, read_json(file) | change)
+    assert begun_by(folder_of(interrupted)) == {}
+    with pytest.warns(UserWarning, match='what began it is not recorded'):
+        assert go_on(interrupted)['digest'] == {}
+
+
+MAY_LACK = 'versions', 'commit', 'dirty'
+
+
+def test_a_record_may_lack_versions_and_commit(interrupted):
+    "It is compared by its digests; the result does not say what is not known."
+    file = folder_of(interrupted) / '.origin.json'
+    write_json(file, {k: v for k, v in read_json(file).items() if k not in MAY_LACK})
+    notebook(interrupted.parent, PARAMETERS, *OTHER)
+    with pytest.raises(CodeChanged, match='Go back to the code that began it to'):
+        go_on(interrupted)
+    notebook(interrupted.parent, PARAMETERS, *CELLS)
+    result = go_on(interrupted)
+    assert [result[name] for name in MAY_LACK] == [None] * 3
+    assert 'resumed_with' not in result
 
 
 @pytest.mark.parametrize('edit,part', [('x = 1 + 1', 'plugin'), ('# one\nx=1', '')])
@@ -626,7 +789,9 @@ def test_what_an_older_version_began_continues_with_a_warning(interrupted):
     with pytest.warns(UserWarning, match='demo/one continues, but what began it is not recorded'):
         result = go_on(interrupted)
     assert result['digest'] == {}
+    assert [result[name] for name in MAY_LACK] == [None] * 3
     assert result['resumed_with'][0]['iteration'] == 50
+    assert result['resumed_with'][0]['versions']
     s = state(interrupted, stop=True)
     assert (s.kind, s.note) == ('done, other code', 'in part another version of the package')
 
@@ -640,6 +805,14 @@ def test_results_of_older_versions_are_of_other_code(finished):
         s = state(finished)
         assert (s.kind, s.note) == ('done, other code', 'another version of the package')
     assert run(finished)['already']
+
+
+def test_a_result_that_names_no_device_is_shown(finished, capsys):
+    file = folder_of(finished) / 'result.json'
+    write_json(file, {k: v for k, v in read_json(file).items() if k != 'device'})
+    asked = ['run', str(finished), '--name', 'demo/one', '--runs', str(finished.parent / 'runs')]
+    assert main(asked) == 0
+    assert 'already done: demo/one, scale smoke, 0 s\n' in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_cannot_be_read_is_left_to_the_training(interrupted):

@@ -584,6 +584,8 @@ def test_an_interrupted_experiment_continues(tmp_path):
         (dict(metrics=dict(a=3)), 'metrics has a=3: expected dict'),
         (dict(metrics=dict(a=dict(mean='high', n=1))), "a has mean='high': expected float"),
         (dict(metrics=dict(a=dict(mean=0.5))), 'a has no n: expected int'),
+        (dict(resumed_with=[3]), 'resumed_with 0=3: expected dict'),
+        (dict(resumed_with=[{}, dict(digest=3)]), 'resumed_with 1 has digest=3: expected dict'),
     ],
 )
 def test_a_result_without_what_it_must_have_is_refused(change, said, tmp_path):
@@ -596,6 +598,24 @@ def test_a_result_without_what_it_must_have_is_refused(change, said, tmp_path):
     write_json(folder / 'result.json', result | change)
     with pytest.raises(BadFile, match=re.escape(said)):
         read_result(folder)
+
+
+MAY_LACK = 'scale notebook seconds finished digest versions commit dirty device resumed_with'
+OR_NONE = dict.fromkeys('scale digest versions commit dirty device resumed_with'.split())
+
+
+def test_a_result_may_lack_what_is_said_of_its_making(tmp_path):
+    "Lacking or None; what is always asked for has a value."
+    whole = read_json(ROOT / 'runs/hidra_t2/maml_2way_short_seed0/result.json')
+    least = {k: v for k, v in whole.items() if k not in MAY_LACK.split()}
+    least['metrics'] = dict(a=dict(mean=0.5, n=1))
+    more = OR_NONE | dict(resumed_with=[{}, dict(digest=None)])
+    for result in least, least | OR_NONE, least | more:
+        write_json(tmp_path / 'result.json', result)
+        found = read_result(tmp_path)
+        asked = [found[name] for name in ('scale', 'notebook', 'seconds', 'finished')]
+        assert asked == [None, '', 0.0, '']
+        assert found['metrics'] == dict(a=dict(mean=0.5, ci95=None, n=1))
 
 
 # ---- results that are in git

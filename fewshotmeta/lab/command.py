@@ -137,7 +137,8 @@ def _say_result(result, runs):
     already = 'already done: ' if result.get('already') else ''
     run = f'{result["experiment"]}/{result["run"]}'
     scale = f'scale {result["scale"]}, ' if result['scale'] else ''
-    print(f'\n{already}{run}, {scale}{result["seconds"]:.0f} s on {result["device"]}')
+    device = f' on {result["device"]}' if result.get('device') else ''
+    print(f'\n{already}{run}, {scale}{result["seconds"]:.0f} s{device}')
     for name, metric in result['metrics'].items():
         print(f'  {name:32s} {format_metric(metric)}   (n={metric["n"]})')
     folder = os.path.relpath(runs / run)

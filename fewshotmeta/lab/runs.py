@@ -46,9 +46,9 @@ class _Run:
     runs: Path  # the folder of all runs
     experiment: str
     slug: str
-    force: bool = False
-    since: str = ''
-    accept_changes: bool = False
+    force: bool
+    since: str
+    accept_changes: bool
 
     @property
     def place(self):
@@ -59,8 +59,8 @@ class _Run:
         return self.runs / self.experiment / self.slug
 
     @property
-    def work(self):  # the folder in which it is executed
-        again = self.force and (self.folder / 'result.json').exists()
+    def work(self):  # the folder in which it is executed; a result that is there stays meanwhile
+        again = (self.folder / 'result.json').exists()
         return folder_anew(*self.place) if again else self.folder
 
 # %% ../../nbs/lab/04_runs.ipynb #6fe2170d
@@ -166,8 +166,8 @@ def begun_by(
     try:
         origin = read_json(folder / _ORIGIN, _CODE | _BEGUN)
         for later in origin['resumed_with']:
-            check_form(dict(later), _CODE, folder / _ORIGIN)
-    except (BadFile, OSError, TypeError, ValueError):
+            check_form(later, _CODE, folder / _ORIGIN)
+    except (AttributeError, OSError, ValueError):
         return {}
     return origin
 
@@ -199,8 +199,8 @@ def _check_code(run):
         return
     begun = _last(begun_by(run.work))
     back = 'the code that began it'
-    if begun['commit']:
-        uncommitted = ' and its uncommitted changes' if begun['dirty'] else ''
+    if begun.get('commit'):
+        uncommitted = ' and its uncommitted changes' if begun.get('dirty') else ''
         back = f'commit {begun["commit"][:10]}{uncommitted}'
     raise CodeChanged(
         f'{run.experiment}/{run.slug} was begun by other code: since then the {changed} changed. '
@@ -218,7 +218,7 @@ def _iteration(work):
 # %% ../../nbs/lab/04_runs.ipynb #9a51cf06
 def _goes_on(run, origin, now):
     "Whether what was begun is continued."
-    if origin is None or not run.force:
+    if not run.force:
         return origin is not None
     if not origin or not origin['force'] or origin['params'] != run.params:
         return False
@@ -234,10 +234,10 @@ def _begin(run, work):
         if not origin:
             said = 'continues, but what began it is not recorded: its result says so'
             warnings.warn(f'{run.experiment}/{run.slug} {said}')
-            origin = now | dict(digest={}, modules={}, commit=None, dirty=None) | asked
+            origin = dict(digest={}, modules={}, **asked)
         if changed_code(_last(origin), now):
-            at = dict(iteration=_iteration(work), when=timestamp())
-            origin |= dict(resumed_with=[*origin['resumed_with'], at | now])
+            later = dict(iteration=_iteration(work), when=timestamp(), **now)
+            origin['resumed_with'].append(later)
     else:
         _clear(run, work)
         origin = now | asked
@@ -247,7 +247,7 @@ def _begin(run, work):
 
 def _made_by(origin):
     "What a result says of the code that began it, and of what went on from which iteration."
-    made = {k: origin[k] for k in ('digest', 'versions', 'commit', 'dirty')}
+    made = {k: origin.get(k) for k in ('digest', 'versions', 'commit', 'dirty')}
     later = [{k: v for k, v in r.items() if k != 'modules'} for r in origin['resumed_with']]
     return made | (dict(resumed_with=later) if later else {})
 
@@ -309,9 +309,8 @@ def _carry_out(run, quiet, limit):
 def _recorded(run, work, failure, digest):
     "Leave a failure, and the notebook as far as it came, in the run's folder; return the failure."
     said = str(failure).replace(str(work), str(run.folder))
-    if work != run.folder:
-        with contextlib.suppress(OSError):
-            shutil.move(work / 'failed.ipynb', run.folder / 'failed.ipynb')
+    with contextlib.suppress(OSError):
+        shutil.move(work / 'failed.ipynb', run.folder / 'failed.ipynb')
     if begun_by(work) is None:  # nothing to continue
         _clear(run, work)
     record = failure_record(failure.kind, said, failure.trace, run.params, digest)
@@ -382,11 +381,12 @@ def _follow(run, limit):
             record = failure_record(e.kind, what, e.trace, run.params)
             write_json(run.folder / 'failed.json', record)
         raise
-    return reported | dict(
+    return dict(
         experiment=run.experiment,
         run=run.slug,
         scale=run.params.get('scale'),
         params=run.params,
+        **reported,
         seconds=0.0,
     )
 
