@@ -418,6 +418,9 @@ def test_an_estimate_says_hours_and_memory(tmp_path, monkeypatch, capsys):
     assert here['hours'] == pytest.approx(seconds / 3600) and here['validation'] > 0
     assert untrained['training'] == untrained['validation'] == 0 < untrained['test']
     assert 0 < here['least'] < here['recomputed'] <= here['peak']
+    assert main([*asked, 'memory', '--write', str(kept)]) in (0, None)
+    again = read_json(kept)['rows'][0]
+    assert (again['hours'], again['peak']) == (None, here['peak'])
     assert not runs.exists()
     assert main(['batch', str(tmp_path / 'some.yaml'), '--write', str(kept)]) == 2
     assert 'belongs to --estimate' in capsys.readouterr().err

@@ -218,8 +218,9 @@ def _add_batch(subcommands):
     batch.add_argument('--slurm', help=slurm, **_PAIRS)
     dry = 'only say what would be done (default: do it)'
     batch.add_argument('--dry-run', action='store_true', help=dry)
-    hours = 'only say how long each training would take here, by a trial (default: do it)'
-    batch.add_argument('--estimate', action='store_true', help=hours)
+    hours = 'only say what each training would take: hours by a trial, memory; or memory alone'
+    kinds = dict(nargs='?', const='all', choices=('all', 'memory'))
+    batch.add_argument('--estimate', help=f'{hours} (default: do it)', **kinds)
     kept = 'with --estimate: also write what was found to FILE, as JSON (default: only say it)'
     batch.add_argument('--write', type=Path, metavar='FILE', help=kept)
     stale = 'also run again what other code finished (default: leave it alone)'
@@ -281,18 +282,18 @@ def _estimates(planned, args):
         settings.setdefault(key, []).append(p)
     for same in settings.values():
         name = re.sub(r'_seed\d+$', '', same[0].name)
-        found, said = _estimated(same[0])
+        found, said = _estimated(same[0], 0 if args.estimate == 'memory' else 0.5)
         print(f'{name:44s} {len(same):4d} {said}', flush=True)
         if found:
             rows.append(dict(name=name, runs=len(same), hours=found.hours, **asdict(found)))
-    hours = sum(row['runs'] * row['hours'] for row in rows)
+    hours = sum(row['runs'] * (row['hours'] or 0) for row in rows)
     print(f'{hours:,.1f} hours together, one run after another')
     if args.write:
         made_by = dict(device=device_name(), processor=processor_name(), **provenance())
         write_json(args.write, dict(provenance=made_by, rows=rows))
 
 
-def _estimated(planned):
+def _estimated(planned, budget):
     "The estimate of a run, none where there is none, and a line that says it."
     from fewshotmeta.data.images import DataMissing
     from fewshotmeta.lab.estimates import estimate, trains
@@ -300,12 +301,14 @@ def _estimated(planned):
     if planned.params.get('learner') or not trains(planned.params):
         return None, 'trains no learner: not estimated'
     try:
-        found = estimate(planned.params)
+        found = estimate(planned.params, budget)
     except DataMissing as e:
         return None, re.split(r' \(|: |\. ', str(e))[0]
-    share = found.training / 3600 / found.hours
+    time = f'{"–":>11s} {"–":>9s}'
+    if found.hours:
+        time = f'{found.hours:11.2f} {found.training / 3600 / found.hours:9.0%}'
     held = f'{found.peak / 1e9:8.2f} {found.recomputed / 1e9:10.2f} {found.least / 1e9:7.2f}'
-    return found, f'{found.hours:11.2f} {share:9.0%} {held}'
+    return found, f'{time} {held}'
 
 # %% ../../nbs/lab/20_command.ipynb #03483905
 def _numbers(text):

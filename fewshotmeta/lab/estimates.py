@@ -130,28 +130,37 @@ def _peak(learner, episodes, **changes):
 class Estimate:
     "What a training run will take on this machine."
 
-    iteration: float  # seconds of a meta-iteration
-    training: float  # seconds of all of them
-    validation: float  # seconds of all validations
-    test: float  # seconds of all tests
+    iteration: float | None  # seconds of a meta-iteration; none: nothing was timed
+    training: float | None  # seconds of all of them
+    validation: float | None  # seconds of all validations
+    test: float | None  # seconds of all tests
     peak: int  # bytes that a meta-iteration holds at once, its tasks in one call
     recomputed: int  # the same with recompute=True
     least: int  # the same with recompute=True and chunk=1, one task a call
 
     @property
-    def hours(self) -> float:
-        "Training, validation and test together."
-        return (self.training + self.validation + self.test) / 3600
+    def hours(self) -> float | None:
+        "Training, validation and test together; none if nothing was timed."
+        seconds = self.training, self.validation, self.test
+        return None if None in seconds else sum(seconds) / 3600
 
 # %% ../../nbs/lab/19_estimates.ipynb #c7d20011
 def estimate(
-    params: dict,  # all parameters of a run of `train`
-    budget: float = 0.5,  # seconds of each of the three trials
+    params: dict,  # all parameters of an experiment
+    budget: float = 0.5,  # seconds of each of the three trials; 0: nothing is timed
 ) -> Estimate:
     "Say what a training will take, by trials. Raises `DataMissing`, `ValueError`."
     params = _as_train_has_them(params)
     tasks, learner = _made(params)
     batches = training_batches(learner, tasks.train)
+    whole, one = (_of_shape(learner, batches, n) for n in (params['meta_batch'], 1))
+    held = _peak(*whole), _peak(*whole, recompute=True), _peak(*one, recompute=True)
+    times = _times(learner, batches, tasks, params, budget) if budget else (None,) * 4
+    return Estimate(*times, *held)
+
+
+def _times(learner, batches, tasks, params, budget):
+    "Seconds of an iteration, of all of them, of all validations, of all tests."
     changes = dict(precision=params.get('precision', 'float32'))
     changes |= {name: params[name] for name in ('recompute', 'chunk') if params.get(name)}
     chosen = plan_for(_device(params), params.get('plan') or None, **changes)
@@ -160,11 +169,8 @@ def estimate(
     if 'random_init' not in params['method']:
         iteration = _seconds_an_iteration(learner, batches, params, plan, budget)
         validation = _validations(learner, tasks.valid, params, plan, budget)
-    training = iteration * params['iterations']
     test = _tests(learner, tasks.test, params, budget)
-    whole, one = (_of_shape(learner, batches, n) for n in (params['meta_batch'], 1))
-    held = _peak(*whole), _peak(*whole, recompute=True), _peak(*one, recompute=True)
-    return Estimate(iteration, training, validation, test, *held)
+    return iteration, iteration * params['iterations'], validation, test
 
 # %% ../../nbs/lab/19_estimates.ipynb #c7d20012
 def _validations(learner, valid, params, plan, budget):
