@@ -287,7 +287,8 @@ def _estimates(planned, args):
         if found:
             rows.append(dict(name=name, runs=len(same), hours=found.hours, **asdict(found)))
     hours = sum(row['runs'] * (row['hours'] or 0) for row in rows)
-    print(f'{hours:,.1f} hours together, one run after another')
+    if hours:
+        print(f'{hours:,.1f} hours together, one run after another')
     if args.write:
         made_by = dict(device=device_name(), processor=processor_name(), **provenance())
         write_json(args.write, dict(provenance=made_by, rows=rows))
