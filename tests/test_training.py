@@ -1,13 +1,19 @@
 """The outer loop: stopped anywhere it continues to the same bytes; what is broken is refused."""
 
+import ast
+import hashlib
+import inspect
+import json
 import linecache
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -18,6 +24,7 @@ import pytest
 import torch
 from conftest import full
 from forks import Fork
+from pretended_gpu import GPU, pretended_gpu
 from safetensors.torch import save_file
 
 import fewshotmeta.training.evaluation as evaluation
@@ -469,6 +476,9 @@ def test_a_function_goes_by_its_source(tmp_path):
     assert half.startswith('own ')
     assert plain_value(all_but_norm) == 'all_but_norm'  # of the package, whose code is recorded
     assert plain_value(Halved(0.5)).startswith("Halved({'at': 0.5}) ")
+    named = Halved(0.5)
+    named.__name__ = 'mine'
+    assert plain_value(named) == 'mine'
     typed = {}
     exec('def own(progress):\n    return 1.0\n', typed)
     assert plain_value(typed['own']) != plain_value(typed['own'])  # nobody knows its source
@@ -491,15 +501,60 @@ def test_a_function_goes_by_what_it_has_from_elsewhere(tmp_path):
         assert plain_value(with_default) != before
         setattr(with_default, name, old)
     assert plain_value(with_default) == before
+    alone = f'{inspect.getsource(calls_itself)}|[]'  # as in the checkpoints of earlier versions
+    assert plain_value(calls_itself).endswith(hashlib.sha256(alone.encode()).hexdigest()[:8])
     nested = partial(round, 0.5, ndigits=partial(len))
     assert plain_value(nested) == "partial(round, [0.5], {'ndigits': 'partial(len, [], {})'})"
     assert plain_value(MAML) == 'MAML'
 
 
+def test_a_function_whose_file_is_edited_just_now(tmp_path):
+    "Its source is not known, which is no error of the training."
+    own = of_source(tmp_path, '0.5')
+    (tmp_path / 'own.py').write_text('def own(progress):\n    return """half of it')
+    assert plain_value(own).startswith('own (its source is not known')
+
+
+def calls_one_that_calls_it(owner):
+    def first(n):
+        return second(n - 1)
+
+    def second(n):
+        return n and owner and first(n - 1)
+
+    return first
+
+
+def as_keyword(owner):
+    return partial(min, key=owner)
+
+
+class Owner:
+    "Has what is made of it."
+
+    def __init__(self, made_of):
+        self.own = made_of(self)
+
+
+@pytest.mark.parametrize(
+    'made_of,words',
+    [
+        (Halved, r"Halved\({'at': 'Owner above'}\) \w{8}"),
+        (partial(partial, clipped), r"partial\(clipped \w{8}, \['Owner above'\], {}\)"),
+        (as_keyword, r"partial\(min, \[\], {'key': 'Owner above'}\)"),
+        (calls_one_that_calls_it, r'first \w{8}'),
+    ],
+    ids=['object', 'argument', 'keyword', 'functions'],
+)
+def test_what_belongs_to_each_other_is_described_once(made_of, words):
+    said = plain_value(Owner(made_of)).removeprefix('Owner(').removesuffix(')')
+    assert re.fullmatch(words, ast.literal_eval(said)['own'])
+
+
 def test_a_run_before_it_has_begun():
     learner = small()
     run = Run(learner, torch.optim.Adam(learner.theta.values()))
-    assert (run.best, run.seconds, run.iteration) == (None, 0, 0)
+    assert (run.best, run.seconds, run.iteration, run.calls) == (None, 0, 0, 1)
     run.kept = [(0.7, 8, {}, {}), (0.6, 4, {}, {})]
     assert run.best == 0.7
 
@@ -520,6 +575,147 @@ def test_a_file_of_tensors_is_one_like_others(tmp_path):
         read_tensors(path, 'thing', head['format'])
     with pytest.raises(BadFile, match='x is not a thing'):
         read_tensors(path, 'other', head['format'])
+
+
+@pytest.mark.parametrize(
+    'header,words',
+    [
+        (dict(a=dict(dtype='F4', shape=[2], data_offsets=[0, 1])), "'F4'"),
+        (dict(__metadata__=dict(thing='[' * 100_000)), 'recursion'),
+    ],
+    ids=['a type that PyTorch lacks', 'lists in lists'],
+)
+def test_a_file_that_another_program_wrote(tmp_path, header, words):
+    "Its header is in order, for all that safetensors itself sees."
+    text = json.dumps(header).encode()
+    (tmp_path / 'x').write_bytes(len(text).to_bytes(8, 'little') + text + b'0' * ('a' in header))
+    with pytest.raises(BadFile, match=f'x is not a whole thing .*{words}'):
+        read_tensors(tmp_path / 'x', 'thing', 'fewshotmeta thing 1')
+
+
+HEADER = dict(config={}, iteration=0, history=[], pending=[], seconds=0.0, kept=[])
+ROW = dict(iteration=1, loss=1, accuracy=0, lr=1, seconds=0)  # as JSON has whole numbers
+
+
+def with_header(folder, changes):
+    "What is read of a checkpoint without tensors."
+    header = dict(format=CHECKPOINT) | HEADER | changes
+    save_tensors(folder / 'checkpoint.safetensors', 'run', header, {})
+    return read_checkpoint(folder)[0]
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(iteration=2**53 - 1, calls=2**53 - 1),
+        dict(calls=1),
+        dict(history=[ROW, ROW | dict(val_accuracy=1, val_loss=0.5)]),
+        dict(history=[ROW | dict(val_accuracy=None, val_loss=None)]),
+    ],
+    ids=str,
+)
+def test_a_header_that_is_in_order(tmp_path, changes):
+    found = with_header(tmp_path, changes)
+    assert {k: found[k] for k in changes} == changes
+
+
+def test_a_header_of_an_earlier_version_says_no_calls(tmp_path):
+    "Each task had one of its own, however many there are."
+    assert with_header(tmp_path, {})['calls'] > 1_000_000
+
+
+@pytest.mark.parametrize(
+    'changes,words',
+    [
+        (dict(iteration=-1), 'has iteration=-1, no number of iterations'),
+        (dict(iteration=2**53), 'has iteration=9007199254740992, no number of iterations'),
+        (dict(calls=0), 'has calls=0, no number of calls'),
+        (dict(calls=2**53), 'has calls=9007199254740992, no number of calls'),
+        (dict(calls='x'), "has calls='x': expected int"),
+        (dict(history=[ROW | dict(val_accuracy='x')]), "history, has val_accuracy='x': expected"),
+        (dict(history=[ROW | dict(val_loss='x')]), "in its history, has val_loss='x': expected"),
+        (dict(history=[ROW | dict(lr=None)]), 'in its history, has lr=None: expected'),
+    ],
+    ids=str,
+)
+def test_a_header_that_is_out_of_order(tmp_path, changes, words):
+    with pytest.raises(BadCheckpoint, match=f'its header.*{words}.*delete it to start anew'):
+        with_header(tmp_path, changes)
+
+
+def begun(device='cpu'):
+    "A run of a learner of a few parameters, that has taken a step."
+    learner = MAML(conv4(size=16, filters=2), 3)
+    learner.theta = {k: v.detach().to(device) for k, v in learner.theta.items()}
+    run = Run(learner, torch.optim.Adam(learner.theta.values()))
+    for param in learner.theta.values():
+        param.grad = torch.ones_like(param)
+    run.opt.step()
+    return run
+
+
+def steps_of(run):
+    "Adam's count of steps, for each parameter."
+    return [run.opt.state[param]['step'] for param in run.learner.theta.values()]
+
+
+@pytest.mark.parametrize(
+    'iterations,done',
+    [([], 0), ([], 3), ([4], 4), ([4], 7), ([2, 4, 6], 9)],
+    ids=str,
+)
+def test_rows_that_a_training_has(tmp_path, iterations, done):
+    "One every four iterations at least, and more where it validates."
+    run = with_rows(iterations, done)
+    save_checkpoint(run, tmp_path, dict(log_every=4))
+    again = begun()
+    load_checkpoint(again, tmp_path, dict(log_every=4))
+    assert (again.iteration, again.history) == (done, run.history)
+
+
+@pytest.mark.parametrize(
+    'iterations,done',
+    [([], 4), ([4], 8), ([4], 3), ([0, 4], 4), ([4, 4], 4), ([8, 4], 5), ([4, 8], 6)],
+    ids=str,
+)
+def test_rows_that_no_training_has(tmp_path, iterations, done):
+    "Too few of them, of iterations that are not done, or in another order."
+    save_checkpoint(with_rows(iterations, done), tmp_path, dict(log_every=4))
+    words = re.escape(f'has rows of iterations {iterations} after {done} iterations')
+    with pytest.raises(BadCheckpoint, match=words):
+        load_checkpoint(begun(), tmp_path, dict(log_every=4))
+
+
+def with_rows(iterations, done):
+    "A run with rows of its metrics."
+    run = begun()
+    run.iteration = done
+    run.history = [ROW | dict(iteration=i, val_loss=None) for i in iterations]
+    return run
+
+
+@pytest.mark.parametrize('device', ['cpu', 'meta', GPU])
+def test_steps_are_counted_where_adam_looks_for_them(tmp_path, monkeypatch, device):
+    "On the GPU, where a recorded step counts; elsewhere on the CPU."
+    save_checkpoint(begun(), tmp_path, {})
+    with pretended_gpu(monkeypatch) if device == GPU else nullcontext():
+        run = begun(device)
+        load_checkpoint(run, tmp_path, {})
+        where = {step.device.type for step in steps_of(run)}
+        run.opt.step()
+    assert where == {GPU if device == GPU else 'cpu'}
+
+
+def test_steps_that_were_counted_in_double_precision(tmp_path):
+    "As PyTorch counts where that is the type by default; they stay so."
+    run = begun()
+    for param in run.learner.theta.values():
+        run.opt.state[param]['step'] = torch.tensor(2.0**24 + 1, dtype=torch.float64)
+    save_checkpoint(run, tmp_path, {})
+    again = begun()
+    load_checkpoint(again, tmp_path, {})
+    assert steps_of(again) == steps_of(run)
+    assert {step.dtype for step in steps_of(again)} == {torch.float64}
 
 
 def test_every_part_of_a_tensor_is_in_its_digest(tmp_path):
@@ -675,6 +871,28 @@ def half_done(tmp_path_factory, noise_bank):
     tasks = EpisodeSampler(noise_bank, 5, 1, 3, seed=0)
     fitted(tasks, tasks(seed=99), folder)
     return folder
+
+
+def test_a_learner_in_a_configuration():
+    "An earlier checkpoint continues only if these words and their values stay."
+    layers = 'conv1', 'conv2', 'conv3', 'conv4', 'head'
+    assert describe(MAML(conv4(size=16, filters=2), 3)) == dict(
+        method='MAML',
+        parameters='d6daf29e',
+        adapted=' '.join(f'{layer}.{name}' for layer in layers for name in ('weight', 'bias')),
+        backbone="Conv4(channels=1, size=16, filters=2, down='max_pool', average=False, leak=0.01, "
+        "norm='transductive', norm_steps=None, affine_per_step=True, affine='both', eps=1e-05, "
+        "conv_init='xavier_uniform')",
+        head='Rows(n_way=3)',
+        n_way=3,
+        inner_lr=0.4,
+        inner_steps=1,
+        order=2,
+        adapts='all_but_norm',
+        reduction='mean',
+        head_init='xavier_uniform',
+        seed=0,
+    )
 
 
 def test_the_configuration_in_a_checkpoint(train, valid, tmp_path):

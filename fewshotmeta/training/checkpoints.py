@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tokenize import TokenError
 from types import FunctionType
 
 import torch
@@ -385,13 +386,20 @@ def note_phase(
         write_json(Path(folder) / '.progress.json', read_progress(folder) | now)
 
 # %% ../../nbs/training/01_checkpoints.ipynb #f75fbe80
-def plain_value(value):
+def plain_value(
+    value,
+    above=(),  # what it belongs to: is not described again
+):
     "A value as a configuration keeps it: itself if JSON knows it, else its name or its `repr`."
     if isinstance(value, (int, float, str, bool, type(None))):
         return value
+    if any(value is one for one in above):
+        return f'{type(value).__name__} above'
+    within = *above, value
     if isinstance(value, partial):
-        given = {k: plain_value(v) for k, v in value.keywords.items()}
-        return f'partial({plain_value(value.func)}, {[*map(plain_value, value.args)]}, {given})'
+        given = {k: plain_value(v, within) for k, v in value.keywords.items()}
+        args = [plain_value(v, within) for v in value.args]
+        return f'partial({plain_value(value.func, within)}, {args}, {given})'
     named = getattr(value, '__name__', None)
     if isinstance(value, FunctionType):
         code = value
@@ -399,29 +407,30 @@ def plain_value(value):
         return named
     else:
         code = getattr(type(value), '__call__', None)
-    name = named or _shown(value)
+    name = named or _shown(value, within)
     if not isinstance(code, FunctionType) or f'{code.__module__}.'.startswith('fewshotmeta.'):
         return name
-    return f'{name} {_code_digest(code)}'
+    return f'{name} {_code_digest(code, within)}'
 
 
-def _shown(value):
+def _shown(value, within):
     "The `repr` of an object; its class and its attributes if that says where in memory it lies."
     if type(value).__repr__ is not object.__repr__:
         return repr(value)
-    attributes = {k: plain_value(v) for k, v in getattr(value, '__dict__', {}).items()}
+    held = getattr(value, '__dict__', {})
+    attributes = {k: plain_value(v, within) for k, v in held.items()}
     return f'{type(value).__name__}({attributes})'
 
-
-def _code_digest(function):
+# %% ../../nbs/training/01_checkpoints.ipynb #f75fbe81
+def _code_digest(function, within):
     "A digest of a function of the user's: its source, and what it has from where it was made."
     try:
         source = inspect.getsource(function.__code__)
-    except (OSError, TypeError):
+    except (OSError, TokenError):  # of a file that is edited just now
         return f'(its source is not known: {os.urandom(4).hex()})'
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     kept = [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    values = [plain_value(v) for v in kept if v is not function]
+    values = [plain_value(v, within) for v in kept if v is not function]
     return hashlib.sha256(f'{source}|{values}'.encode()).hexdigest()[:8]
 
 # %% ../../nbs/training/01_checkpoints.ipynb #0b6e83f4
