@@ -286,14 +286,13 @@ def _estimates(planned, args):
         print(f'{name:44s} {len(same):4d} {said}', flush=True)
         if found:
             rows.append(dict(name=name, runs=len(same), hours=found.hours, **asdict(found)))
-    hours = sum(row['runs'] * (row['hours'] or 0) for row in rows)
-    if hours:
+    if hours := sum(row['runs'] * (row['hours'] or 0) for row in rows):
         print(f'{hours:,.1f} hours together, one run after another')
     if args.write:
         made_by = dict(device=device_name(), processor=processor_name(), **provenance())
         write_json(args.write, dict(provenance=made_by, rows=rows))
 
-
+# %% ../../nbs/lab/20_command.ipynb #c7d30002
 def _estimated(planned, budget):
     "The estimate of a run, none where there is none, and a line that says it."
     from fewshotmeta.data.images import DataMissing
