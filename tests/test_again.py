@@ -436,7 +436,7 @@ def test_a_failure_counts_from_the_result_on(finished):
 
 
 @pytest.mark.parametrize('text', [None, '{'])
-def test_one_that_somebody_executes(finished, text):
+def test_one_that_somebody_executes(finished, text, monkeypatch):
     "Whatever result is there; who was killed while it executed it is only named."
     runs = finished.parent / 'runs'
     if text:
@@ -444,12 +444,42 @@ def test_one_that_somebody_executes(finished, text):
     assert state(finished).kind == ('broken' if text else 'done')
     write_json(marker(runs, *PLACE), dict(pid=7, host='node1'))
     s = state(finished)
-    assert (s.kind, s.who) == ('broken', {}) if text else ('done', dict(pid=7, host='node1'))
+    assert (s.kind, s.who) == (('broken', {}) if text else ('done', dict(pid=7, host='node1')))
+    slept = []
+    monkeypatch.setattr(time, 'sleep', slept.append)
     with locked(marker(runs, *PLACE, 'lock')):
         s = state(finished)
         assert (s.kind, s.note, s.result, s.who['pid']) == ('running', '', {}, 7)
+        assert not slept, 'who looks does not wait for the lock'
         marker(runs, *PLACE).unlink()
         assert state(finished).kind == ('broken' if text else 'done')  # it only looks
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/mem'), reason='needs /proc')
+def test_a_result_that_the_disk_does_not_give_back(finished):
+    file = folder_of(finished) / 'result.json'
+    file.unlink()
+    file.symlink_to('/proc/self/mem')  # a plain file whose first byte cannot be read
+    s = state(finished)
+    assert (s.kind, s.note) == ('broken', '[Errno 5] Input/output error')
+
+
+NOTED = [  # what is left for who looks on, and what is said of it
+    (dict(iteration=1, iterations=9, seconds=2, spent=2, loss=1, accuracy=0), '1 of 9'),
+    (dict(iteration=1, iterations=9, seconds=None), '1 of 9'),
+    (dict(iteration=1, iterations=10**15 - 1), '1 of 999,999,999,999,999'),
+    (dict(iteration=1, iterations=10**15), ''),
+    (dict(iteration=1, iterations=9, loss=-1e15), ''),
+    (dict(iteration=1, iterations=9, phase=7), ''),
+    (dict(iteration=1, iterations=9.0), ''),
+]
+
+
+@pytest.mark.parametrize('progress,words', NOTED)
+def test_notes_that_are_used_and_notes_that_are_left_out(tmp_path, progress, words):
+    nb = notebook(tmp_path, PARAMETERS, *CELLS)
+    write_json(folder_of(nb) / '.progress.json', progress)
+    assert state(nb).note == (f'at iteration {words}' if words else '')
 
 
 def test_one_without_a_result(tmp_path):

@@ -918,6 +918,57 @@ def test_every_row_of_a_narrow_terminal(monkeypatch):
     assert rows[2].startswith('✗ b/failed') and rows[2].endswith('…')
 
 
+ALPHABET = 'abcdefghijklm/nopqrstuvwxyz'
+BEGUN = dict(iteration=1, iterations=9, seconds=0.5, loss=1.0, accuracy=0.5)
+WELL = 'loss 1.000, accuracy 0.500   4 s left'
+WORDS = [  # everything, then without what is least needed
+    f'running on node1, process 12345   1/9, validating 3/4   2.00 it/s   {WELL}',
+    f'running   1/9, validating 3/4   2.00 it/s   {WELL}',
+    'running   validating 3/4   2.00 it/s   loss 1.000   4 s left',
+    'validating 3/4  2.00 it/s  loss 1.000  4 s left',
+]
+SHORTENED = [  # of 20 columns at least
+    'abcdefghi…lm/nopqrstuvwxyz',
+    'abcdefg…/nopqrstuvwxyz',
+    'abcdefg…nopqrstuvwxyz',
+    'abcdefg…opqrstuvwxyz',
+]
+
+
+def test_what_a_column_less_costs(monkeypatch):
+    "A line leaves one column of a terminal; with less room words go, then names, then the end."
+    states = running(ALPHABET, **BEGUN | dict(phase='validating', done=3, all=4))
+    lines = [f'▸ {ALPHABET} {words}' for words in WORDS]
+    lines += [f'▸ {name} {WORDS[-1]}' for name in SHORTENED]
+    for line in lines:
+        assert drawn(monkeypatch, len(line) + 1, states)[0] == line
+    for line, shorter in zip(lines, lines[1:5]):
+        assert drawn(monkeypatch, len(line), states)[0] == shorter
+    assert drawn(monkeypatch, len(lines[-1]), states)[0] == f'{lines[-1][:-2]}…'
+    assert drawn(monkeypatch, 12, states)[1] == '1 runs: 1 r'
+
+
+def test_a_name_gives_way_to_what_is_said_of_a_result_but_not_of_a_failure(monkeypatch):
+    states = running(ALPHABET, **BEGUN)
+    failed, done = (next(iter(running(name))) for name in ('b/failed', 'c/done'))
+    states |= {failed: State('failed', 'raised: ' + 'x' * 99)}
+    rows = drawn(monkeypatch, 130, states)
+    line = f'✗ {"b/failed":27} failed: raised: {"x" * 99}'
+    assert rows[0] == f'▸ {ALPHABET} running on node1, process 12345   1/9   2.00 it/s   {WELL}'
+    assert rows[1] == f'{line[:128]}…'
+    result = dict(metrics=dict(a=dict(mean=1.0, ci95=None)), seconds=1.0)
+    states |= {done: State('done, other code', 'x' * 40, result)}
+    rows = drawn(monkeypatch, 100, states)
+    assert rows[0] == '▸ abcdefg…opqrstuvwxyz 1/9  2.00 it/s  loss 1.000  4 s left'
+    assert rows[2] == f'✓ {"c/done":20} done, other code ({"x" * 40})   a 1.0000   1 s'
+
+
+def test_a_name_alone_may_fill_a_terminal(monkeypatch):
+    states = {next(iter(running(ALPHABET))): State('waiting')}
+    assert drawn(monkeypatch, 31, states)[0] == f'· {ALPHABET}…'
+    assert drawn(monkeypatch, 30, states)[0] == '· abcdefghi…lm/nopqrstuvwxyz…'
+
+
 def test_what_is_said_of_each_phase():
     said = {}
     for phase, done, total in ('training', 50, 200), ('validating', 40, 100), ('testing', 120, 600):
@@ -956,6 +1007,7 @@ def test_what_a_state_answers(kind):
 def test_what_is_to_be_made():
     failed = State('failed', result=dict(when='2026'))
     assert [failed.to_be_made(since) for since in ('', '2025', '2026', '2027')] == [1, 0, 0, 1]
+    assert State('stopped', result=dict(when='2026')).to_be_made('2025')  # it has not failed
     blocked = State('stopped, other code')
     assert [blocked.to_be_made(accept_changes=a) for a in (False, True)] == [False, True]
     assert [State(kind).to_be_made() for kind in ('done', 'changed', 'broken')] == [0, 0, 1]
@@ -969,7 +1021,7 @@ def told(state):
 
 @pytest.mark.parametrize(
     'seconds,words',
-    [(89.4, '89 s'), (90, '2 min'), (5399, '90 min'), (5400, '1.5 h'), (60 * 60 * 10, '10.0 h')],
+    [(89.4, '89 s'), (90, '2 min'), (5399, '90 min'), (5400, '1.5 h'), (3_600_000, '1000.0 h')],
 )
 def test_how_long_is_said(seconds, words):
     result = dict(metrics=dict(a=dict(mean=1.0, ci95=None)), seconds=seconds)
@@ -983,15 +1035,27 @@ def test_what_is_said_of_a_run():
     assert told(State('failed', 'raised: x')) == 'failed: raised: x'
     assert told(State('running', 'job 7')) == 'running (job 7)'
     assert told(State('running', who=dict(pid=7))) == 'running on ?, process 7'
-    begun = dict(phase='training', iteration=0, iterations=9, seconds=0.0, loss=1.0, accuracy=0.5)
-    testing = dict(iteration=9, iterations=9, done=0, all=5, spent=1.0, phase='testing')
-    validating = dict(phase='validating', done=1, all=5, spent=2.0)
-    assert told(State('running', progress=begun)) == 'running'
-    assert told(State('running', progress=testing)) == 'running'
     first_rows = State('running', progress=PROGRESS | dict(best=None))
     assert 'accuracy 0.500   75 s left' in told(first_rows)
-    pace = 'validating 1/5   0.50 tasks/s   8 s left'
-    assert told(State('running', progress=validating)) == f'running   {pace}'
+
+
+TESTED = dict(phase='testing', iteration=9, iterations=9, done=1, all=5, spent=0.5)
+PACES = [  # how far, and how fast, once that is known
+    (BEGUN, f'1/9   2.00 it/s   {WELL}'),
+    (BEGUN | dict(phase='validating'), f'1/9   2.00 it/s   {WELL}'),
+    (BEGUN | dict(iteration=0), ''),
+    (BEGUN | dict(seconds=0.0), ''),
+    (TESTED, 'testing 1/5   2.00 tasks/s   2 s left'),
+    (TESTED | dict(done=0), ''),
+    (TESTED | dict(spent=0.0), ''),
+    (dict(phase='testing', done=1, all=5, spent=2.0), 'testing 1/5   0.50 tasks/s   8 s left'),
+    (dict(done=1, all=5, spent=2.0), ''),
+]
+
+
+@pytest.mark.parametrize('progress,words', PACES)
+def test_what_is_said_of_how_far_a_run_is(progress, words):
+    assert told(State('running', progress=progress)) == f'running   {words}'.strip()
 
 
 def on_terminal(monkeypatch, states, columns=90, lines=6):
@@ -1027,6 +1091,15 @@ def test_a_low_terminal_shows_what_matters(monkeypatch):
     assert 'running   validating 1/5   10.00 it/s' in row
 
 
+@pytest.mark.parametrize('lines', [1, 2, 3, 4])
+def test_the_lowest_terminals(monkeypatch, lines):
+    "The count has its row, and none that would scroll stands above it."
+    states = {p: s for name in 'abcde' for p, s in running(f'a/{name}').items()}
+    rows = on_terminal(monkeypatch, states, lines=lines)
+    assert rows[-1] == '5 runs: 5 running'
+    assert len(rows) == max(1, lines - 2)
+
+
 def test_lines_are_printed_for_what_changed_and_each_minute():
     out = io.StringIO()
     view = View(out)
@@ -1043,6 +1116,23 @@ def test_lines_are_printed_for_what_changed_and_each_minute():
     assert out.getvalue().count('\n') == 3
     view({p: State('failed') for p in states})
     assert out.getvalue().count('✗') == 2
+    view({p: State('waiting') for p in states})  # its folder was removed
+    assert out.getvalue().count('waiting\n') == 3
+
+
+def test_a_minute_is_sixty_seconds(monkeypatch):
+    view = View(io.StringIO())
+    view.printed = 0.0
+    for now, lines in (60.0, 0), (60.5, 1), (120.5, 1), (121.0, 2):
+        monkeypatch.setattr(time, 'monotonic', lambda: now)
+        view({})
+        assert view.out.getvalue().count('\n') == lines
+
+
+def test_who_follows_a_file_of_lines_sees_each_at_once(tmp_path):
+    with open(tmp_path / 'out.txt', 'w', encoding='utf-8') as out:
+        View(out)(running('a/b'))
+        assert (tmp_path / 'out.txt').read_text(encoding='utf-8').startswith('▸ a/b')
 
 
 def watching(master, slave, *args):

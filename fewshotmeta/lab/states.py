@@ -155,7 +155,7 @@ def _reached(progress):
 def _without_result(p, queue, failure, begun, progress):
     "The state of a run that has no result to judge, and a note."
     noted = marker(p.runs, p.experiment, p.slug, 'job.json')
-    job = _read(noted, dict(job=str | None)).get('job')
+    job = _read(noted, dict(job=str)).get('job')
     in_queue = queue.get(job)
     if in_queue in ('PENDING', 'REQUEUED', 'CONFIGURING', 'REQUEUE_HOLD'):
         return 'queued', f'job {job}'
@@ -188,7 +188,7 @@ def _read(path, form):
     except (BadFile, OSError):
         return {}
     numbers = [v for name, v in found.items() if form.get(name) in (int | None, _NUMBER)]
-    return found if all(abs(v or 0) < 1e15 for v in numbers) else {}
+    return found if all(v is None or abs(v) < 1e15 for v in numbers) else {}
 
 
 def _held(p):
@@ -278,9 +278,9 @@ def summary(states: dict) -> str:
 # %% ../../nbs/lab/07_states.ipynb #fd88ce75
 def _pace(progress, detail):
     "How far a run is, how fast, how well, and how long still, as texts."
-    phase = progress.get('phase') or 'training'
+    phase = progress.get('phase')
     if phase == 'testing' or not _knows(progress, 'iteration'):
-        return _pace_of_tasks(phase, progress)
+        return _pace_of_tasks(progress)
     known = _knows(progress, 'iteration', 'iterations', 'seconds', 'loss', 'accuracy')
     if not known or progress['iteration'] < 1 or progress['seconds'] <= 0:
         return []
@@ -298,15 +298,15 @@ def _pace(progress, detail):
     return [how_far, f'{rate:.2f} it/s', well, f'{_duration((all_ - done) / rate)} left']
 
 
-def _pace_of_tasks(phase, progress):
+def _pace_of_tasks(progress):
     "The same of a test, whose accuracy is not known before its end."
-    known = _knows(progress, 'spent', 'done', 'all')
+    known = _knows(progress, 'phase', 'spent', 'done', 'all')
     if not known or progress['done'] < 1 or progress['spent'] <= 0:
         return []
     done, all_ = progress['done'], progress['all']
     rate = done / progress['spent']
     left = _duration((all_ - done) / rate)
-    return [f'{phase} {done:,}/{all_:,}', f'{rate:.2f} tasks/s', f'{left} left']
+    return [f'{progress["phase"]} {done:,}/{all_:,}', f'{rate:.2f} tasks/s', f'{left} left']
 
 
 def _duration(seconds):
@@ -329,7 +329,7 @@ def _table(states, width):
         room = width - 3 - max(going, default=0)
         if room >= longest:
             break
-    room = max(min(room, longest), min(_SHORTEST, longest))
+    room = min(max(room, _SHORTEST), longest)
     rows = [f'{_mark(s)} {_shortened(p.name, room):{room}} {about[p]}' for p, s in states.items()]
     return [row if len(row) <= width else f'{row[: width - 1]}…' for row in rows]
 
@@ -368,12 +368,10 @@ class View:
 def draw(self: View, states: dict):
     "Draw the table over the one before; on a small terminal what is done is only counted."
     width, height = shutil.get_terminal_size()
-    shown = states
-    if len(states) > height - 3:
+    most, shown = max(height - 3, 0), states
+    if len(states) > most:
         shown = {p: s for p, s in states.items() if _is_told(s)}
-    rows = [*_table(shown, width - 1), summary(states)[: width - 1]]
-    if len(states) > height - 3:
-        rows = rows[:-1][: height - 3] + rows[-1:]
+    rows = [*_table(shown, width - 1)[:most], summary(states)[: width - 1]]
     up = f'\x1b[{self.height}A' if self.height else ''
     self.out.write(up + ''.join(f'\x1b[2K{row}\n' for row in rows) + '\x1b[J')
     self.height = len(rows)
