@@ -1048,7 +1048,7 @@ PACES = [  # how far, and how fast, once that is known
     (TESTED, 'testing 1/5   2.00 tasks/s   2 s left'),
     (TESTED | dict(done=0), ''),
     (TESTED | dict(spent=0.0), ''),
-    (dict(phase='testing', done=1, all=5, spent=2.0), 'testing 1/5   0.50 tasks/s   8 s left'),
+    (dict(phase='validating', done=1, all=5, spent=1), 'validating 1/5   1.00 tasks/s   4 s left'),
     (dict(done=1, all=5, spent=2.0), ''),
 ]
 
