@@ -411,3 +411,11 @@ def test_runs_stay_small():
         learner = path.name == 'learner.safetensors'
         assert path.suffix != '.safetensors' or learner, path
         assert path.stat().st_size <= (2_000_000 if learner else 1_000_000), path
+
+
+def test_each_fault_that_no_test_finds_has_its_reason():
+    outcomes = json.loads((ROOT / 'runs' / 'reliability' / 'mutants.json').read_text())
+    reasons = json.loads((ROOT / 'tests' / 'survivors.json').read_text())
+    left = {fault for fault, outcome in outcomes.items() if not outcome.startswith('killed')}
+    assert len(outcomes) > 1500 and left == reasons.keys()
+    assert all(len(why) > 20 for why in reasons.values())
