@@ -130,9 +130,14 @@ def show_targets(
     result: dict,  # from `bench`
 ) -> str:  # a Markdown table
     "Write the table of targets with its measured column."
+    return _shown(targets(result))
+
+
+def _shown(found):
+    "Targets as a table."
     lines = ['| | target | measured | against | |', '|---|---|---|---|---|']
     verdict = {True: 'met', False: '**missed**', None: '–'}
-    for t in targets(result):
+    for t in found:
         bound = f'{"≤" if t["most"] else "≥"} {t["bound"]:g}'
         value = 'not measured' if t['value'] is None else format(t['value'], '.3g')
         cells = t['what'], bound, value, t['against'], verdict[t['met']]
