@@ -116,7 +116,7 @@ def test_fit_is_adam_on_the_mean_meta_loss(train):
     opt = torch.optim.Adam(list(b.theta.values()), 0.01)
     for i in range(3):
         opt.zero_grad()
-        b.meta_loss(train[4 * i : 4 * i + 4]).loss.mean().backward()
+        plan.run(b.meta_loss, train[4 * i : 4 * i + 4]).loss.mean().backward()
         for p in b.theta.values():
             grad = torch.zeros_like(p) if p.grad is None else p.grad
             p.grad = grad.clamp(-0.05, 0.05)

@@ -234,7 +234,7 @@ def _tiles(h, w, side):
 
 
 def _tile(n, h, w):
-    "Outputs a side of Winograd's tiles: 2, or 4 where `n` images are better off with that."
+    "Outputs a side of Winograd's tiles: 2, or 4 where `n` images (a task) are better off so."
     small, large = _tiles(h, w, 2), _tiles(h, w, 4)
     saves = large * 36 <= 0.75 * small * 16
     return 4 if saves and n * large >= 64 else 2
@@ -244,6 +244,7 @@ class _Winograd(NamedTuple):
     "3×3 convolution, stride 1, padding 1, and its two derivatives, for channels-last images."
 
     tasks: int = 1  # images (tasks·n, C, H, W), weights (tasks·O, C, 3, 3)
+    tile: int = 2  # outputs a side of a tile: 2 or 4
 
     def forward(self, x, w):
         "The output (tasks·n, O, H, W)."
@@ -253,8 +254,7 @@ class _Winograd(NamedTuple):
         w = w.unflatten(0, (self.tasks, o)).permute(0, 3, 4, 2, 1).contiguous()
         y = _images(x, n, o, h, width)
         sizes = n // self.tasks, h, width, c, o
-        tile = _tile(*sizes[:3])
-        _call('wino_forward', x.dtype, self.tasks, x, *sizes, w, c * o, o, 0, tile, y)
+        _call('wino_forward', x.dtype, self.tasks, x, *sizes, w, c * o, o, 0, self.tile, y)
         return y
 
     def to_input(self, gy, x, w):
@@ -264,8 +264,7 @@ class _Winograd(NamedTuple):
         gy, w = channels_last(gy), channels_last(w)
         gx = _images(gy, n, c, h, width)
         sizes = n // self.tasks, h, width, o, c
-        tile = _tile(*sizes[:3])
-        _call('wino_forward', gy.dtype, self.tasks, gy, *sizes, w, c, 9 * c, 1, tile, gx)
+        _call('wino_forward', gy.dtype, self.tasks, gy, *sizes, w, c, 9 * c, 1, self.tile, gx)
         return gx
 
     def to_weight(self, gy, x, w):
@@ -275,7 +274,7 @@ class _Winograd(NamedTuple):
         x, gy = channels_last(x), channels_last(gy)
         gw = _images(x, self.tasks * o, c, 3, 3)
         sizes = n // self.tasks, h, width, c, o
-        _call('wino_weight', x.dtype, self.tasks, x, gy, *sizes, _tile(*sizes[:3]), gw)
+        _call('wino_weight', x.dtype, self.tasks, x, gy, *sizes, self.tile, gw)
         return gw
 
 # %% ../../nbs/engine/03_kernels.ipynb #ab7ee4d6
@@ -297,7 +296,7 @@ def _filters(x, w, stride, tasks, n):
     plan = active()
     wanted = plan.conv == 'winograd' and plan.precision == 'float32'
     if wanted and _winograd_pays(x, w, stride, tasks, n):
-        return convolve(x, w, _Winograd(tasks))
+        return convolve(x, w, _Winograd(tasks, _tile(n, *x.shape[2:])))
     direct = direct_convolution(stride, 1, 1, x.dtype)
     return convolve(x, w, direct if tasks == 1 else EachTask(direct, tasks))
 
