@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -290,3 +291,21 @@ def test_a_failure_while_the_cluster_takes_the_node_back_is_forgotten(tmp_path, 
     with pytest.raises(SystemExit, match='takes the node back'):
         work.after_failure(p, failure)
     assert not record.exists()
+
+
+def test_what_stops_a_run_that_the_cluster_takes_back_is_no_failure_of_it(tmp_path, monkeypatch):
+    "Whatever it looks like: `scontrol requeue`, killed where submitit asks for it in a handler."
+    p, work = Planned('x', 'y', tmp_path / 'n.ipynb', {}, {}, tmp_path / 'runs'), SlurmWork()
+    orders = dict(again=[], since='', limit=0, accept_changes=False)
+
+    def killed(*_, **how):
+        work.taken = True
+        raise subprocess.CalledProcessError(-15, ['scontrol', 'requeue', '10'])
+
+    monkeypatch.setattr('fewshotmeta.lab.work.run_notebook', killed)
+    monkeypatch.setattr('time.sleep', lambda seconds: None)
+    with pytest.raises(SystemExit, match='takes the node back'):
+        work.execute(p, orders)
+    assert not p.folder.exists()
+    assert Work().execute(p, orders)  # of another worker it is one
+    assert read_json(p.folder / 'failed.json')['kind'] == 'CalledProcessError'

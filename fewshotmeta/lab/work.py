@@ -105,7 +105,7 @@ def goes_on(self: Work, orders: dict) -> bool:
 
 @patch
 def after_failure(self: Work, p: Planned, failure: RunFailed) -> None:
-    "Do what is to be done after a run failed, which the runner has recorded."
+    "Do what is to be done after a run failed."
 
 # %% ../../nbs/lab/08_work.ipynb #9dd23b57
 def is_wanted(
@@ -152,7 +152,9 @@ def execute(
         print(f'{p.name}: {e}', file=sys.stderr)
         self.after_failure(p, e)
     except Exception as e:
-        record_failure(p, type(e).__name__, str(e), traceback.format_exc())
+        failure = RunFailed(str(e), type(e).__name__, traceback.format_exc())
+        self.after_failure(p, failure)
+        record_failure(p, failure.kind, str(e), failure.trace)
     return True
 
 # %% ../../nbs/lab/08_work.ipynb #13f54f45
