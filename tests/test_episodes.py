@@ -427,3 +427,14 @@ def test_real_omniglot_has_no_rotated_twins(real_data):
     classes, _ = EpisodeSampler(bank, 20, 1, 1).draw(np.arange(500))
     for row in classes.tolist():
         assert len({bank.classes[c].split('@')[0] for c in row}) == 20
+
+
+def test_an_episode_is_shown_with_as_many_queries_as_asked(monkeypatch):
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(plt, 'show', lambda: None)
+    ep = EpisodeSampler(glyphs('test'), 3, 2, 4, seed=0)[0]
+    for queries, images in ((None, 6), (1, 3), (9, 6)):
+        show_episode(ep, queries=queries)
+        assert len(plt.gcf().axes) == 3 * images
+        plt.close('all')

@@ -476,13 +476,14 @@ def describe(
 def show_episode(
     ep: Episodes,  # one episode, as `sampler[i]` gives it
     title: str = '',
+    queries: int | None = None,  # of a class that are shown; none: all
 ):
     "Show an episode, a named class a row: support, a line, queries. Many stand side by side."
     import matplotlib.pyplot as plt
 
     n_way, k = int(ep.ys.max()) + 1, int((ep.ys == 0).sum())
-    rows = [torch.cat([ep.xs[ep.ys == c], ep.xq[ep.yq == c]]).cpu() for c in range(n_way)]
-    images = torch.stack(rows)  # (n_way, n, channels, height, width)
+    rows = [(ep.xs[ep.ys == c], ep.xq[ep.yq == c][:queries]) for c in range(n_way)]
+    images = torch.stack([torch.cat(row).cpu() for row in rows])  # (n_way, n, ch., height, width)
     images = 255 * (images - images.min()) / (images.max() - images.min())
     across = n_way > 8
     if across:

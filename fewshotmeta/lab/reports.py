@@ -139,6 +139,7 @@ def beside(
     id: str,  # the published table or figure
     ours: dict,  # (row, column): results, an `Ours`, none, or NO_DATA
     start='.',  # the folder that links are relative to
+    untrained: dict | None = None,  # (row, column): results of the same network before training
 ) -> list[dict]:  # a row for each cell, in the published order
     "Put ours beside published numbers, cell by cell. Raises `ValueError` for an unknown cell."
     cells = {(p.row, p.column): p for p in published(id) if p.reference}
@@ -148,7 +149,11 @@ def beside(
     else:
         for row, column in unknown:
             reference(id, row, column)  # raises, naming the nearest
-    return [_beside(id, *cell, ours[cell], start) for cell in cells if cell in ours]
+    shown = [_beside(id, *cell, ours[cell], start) for cell in cells if cell in ours]
+    for row in shown:
+        if before := (untrained or {}).get((row['row'], row['column'])):
+            row['untrained'] = _linked(before, start)
+    return shown
 
 # %% ../../nbs/lab/13_reports.ipynb #25f41b23
 def _beside(id, row, column, ours, start):
@@ -172,6 +177,13 @@ def _beside(id, row, column, ours, start):
         'run': links(ours.folders, start),
     }
 
+
+def _linked(results, start):
+    "The accuracy of a network in per cent, as a link to its run."
+    o = measured(results)
+    path = Path(os.path.relpath(o.folders[0] / 'notebook.ipynb', start)).as_posix()
+    return f'[{100 * o.mean:.2f} ± {100 * o.interval:.2f}]({path})'
+
 # %% ../../nbs/lab/13_reports.ipynb #6197d732
 def links(
     folders,  # of runs
@@ -189,28 +201,19 @@ def coverage(
     files,  # batch files
     runs,  # the folder of all runs
 ) -> str:  # a Markdown table
-    "Count the runs of batch files at `short`, those wanting, and what `paper` has besides."
-    rows = []
-    for file in sorted(map(Path, files)):
-        plan, whole = (_planned_at(file, scale, runs) for scale in ('short', 'paper'))
-        wanting = [p for p in plan if not (p.folder / 'result.json').is_file()]
-        names = ', '.join(dict.fromkeys(map(_planned_name, wanting)))
-        more = set(map(_planned_name, whole)) - set(map(_planned_name, plan))
-        there = f'{len(plan) - len(wanting)} of {len(plan)}'
-        rows.append([file.name, there, names or '–', len(more) or '–'])
-    return markdown_table(['batch file', 'run', 'not yet', 'at `paper` only'], rows)
+    "Count the runs of batch files that are there, and all of them, scale by scale."
+    scales = SCALES[1:]
+    rows = [[file.name, *(_there(file, s, runs) for s in scales)] for file in map(Path, files)]
+    return markdown_table(['batch file', *(f'`{scale}`' for scale in scales)], sorted(rows))
 
 
-def _planned_at(file, scale, runs):
-    "The runs that a batch file has at a scale, without those that they need of other files."
+def _there(file, scale, runs):
+    "How many of the runs that a batch file has at a scale have a result."
     if scale not in scales_of(file):
-        return []
-    return [p for p in read_batch(file, scale, runs=runs) if p.asked]
-
-
-def _planned_name(p):
-    "The name of a planned run without scale and seed."
-    return re.sub(r'_(short|paper)(_seed\d+)?$', '', p.slug)
+        return '–'
+    asked = [p for p in read_batch(file, scale, runs=runs) if p.asked]
+    there = sum((p.folder / 'result.json').is_file() for p in asked)
+    return f'{there} of {len(asked)}' if asked else '–'
 
 # %% ../../nbs/lab/13_reports.ipynb #a6577228
 def picture(

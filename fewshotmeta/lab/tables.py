@@ -11,34 +11,33 @@ import string
 
 from .batches import SCALES
 from .published import markdown_table
-from .reports import NOT_BUILT, NO_DATA
+from .reports import NOT_BUILT, NO_DATA, NO_RUN
 
 # %% ../../nbs/lab/14_tables.ipynb #926331a9
 _HEAD = 'row', 'column', 'published', 'ours', '±', 'scale', 'seeds', 'tasks', 'queries', 'run'
+_WITHOUT = NO_RUN, NO_DATA, NOT_BUILT  # why there is no number of ours
 
 
 def beside_table(
     rows: list,  # of `beside`
 ) -> str:  # Markdown
-    "Show rows as a table; under it what ± is, and the numbers of methods not built here."
-    built = _by_column([r for r in rows if r['ours'] != NOT_BUILT])
-    letters = _letters(built)
+    "Show rows as a table; under it what ± is and, folded, the cells without a number of ours."
+    run = _by_column([r for r in rows if r['ours'] not in _WITHOUT])
+    letters = _letters(run)
+    head = [*_HEAD[:4], 'untrained', *_HEAD[4:]] if any('untrained' in r for r in run) else _HEAD
     lines = []
-    for r in built:
+    for r in run:
         shown = _line(r, letters)
-        lines.append([shown.get(name, '') for name in _HEAD])
-    table = markdown_table(_HEAD, lines) if lines else ''
-    under = [' '.join(_meanings(built, letters)), _not_built(rows)]
-    return '\n\n'.join([table, *filter(None, under)])
+        lines.append([shown.get(name, '') for name in head])
+    table = markdown_table(head, lines) if lines else ''
+    under = [table, ' '.join(_meanings(run, letters)), *(_folded(rows, why) for why in _WITHOUT)]
+    return '\n\n'.join(filter(None, under))
 
 # %% ../../nbs/lab/14_tables.ipynb #242ecd5a
-def _by_column(built):
-    "Rows in the order in which their columns appear, columns without data last."
-    with_data = dict.fromkeys(r['column'] for r in built if r['ours'] != NO_DATA)
-    columns = dict.fromkeys(r['column'] for r in built)
-    last = [column for column in columns if column not in with_data]
-    columns = [column for column in columns if column in with_data] + last
-    return [r for column in columns for r in built if r['column'] == column]
+def _by_column(run):
+    "Rows in the order in which their columns appear."
+    columns = dict.fromkeys(r['column'] for r in run)
+    return [r for column in columns for r in run if r['column'] == column]
 
 
 def _letters(built):
@@ -77,16 +76,17 @@ def _meanings(built, letters):
         yield f'Ours ±: {"; ".join(told)}.'
 
 
-def _not_built(rows):
-    "The published numbers of methods that are not built here, folded; nothing if there are none."
+def _folded(rows, why):
+    "The published numbers without one of ours for this reason, folded; nothing if there are none."
     others = {}
     for r in rows:
-        if r['ours'] == NOT_BUILT:
+        if r['ours'] == why:
             others.setdefault(r['row'], []).append(f'{r["column"]} {r["published"]}')
     if not others:
         return ''
     listed = '\n'.join(f'- {name}: {", ".join(numbers)}' for name, numbers in others.items())
-    what = f'Also in this table, {NOT_BUILT}: {len(others)}'
+    cells = sum(map(len, others.values()))
+    what = f'Also in this table, {why}: {cells} cell{"s" * (cells > 1)}'
     return f'<details><summary>{what}</summary>\n\n{listed}\n\n</details>'
 
 # %% ../../nbs/lab/14_tables.ipynb #0079cc3d
@@ -98,12 +98,16 @@ def wide_table(
     lines = {}
     for r in rows:
         lines.setdefault(r['row'], {})[r['column']] = r
+    run = {name: here for name, here in lines.items() if any('scale' in r for r in here.values())}
     body = []
-    for name, here in lines.items():
+    for name, here in run.items():
         run, *origin = _origin(here.values())
         pairs = [_pair(here.get(column)) for column in columns]
         body.append([name, run, *pairs, *origin])
-    return markdown_table(['', 'run', *columns, 'scale', 'seeds', 'tasks', 'queries', '±'], body)
+    head = ['', 'run', *columns, 'scale', 'seeds', 'tasks', 'queries', '±']
+    rest = [r for r in rows if r['row'] not in run]
+    table = markdown_table(head, body) if body else ''
+    return '\n\n'.join(filter(None, [table, *(_folded(rest, why) for why in _WITHOUT)]))
 
 # %% ../../nbs/lab/14_tables.ipynb #dbc67da1
 def _ways(column):
@@ -119,11 +123,11 @@ def _pair(r):
 
 
 def _origin(cells):
-    "The runs of a row, or why there is none; scale, seeds, tasks, queries, what ± is."
+    "The runs of a row; scale, seeds, tasks, queries, what ± is."
     with_run = [r for r in cells if 'scale' in r]
     said = {}
     for name in ('run', 'scale', 'seeds', 'tasks', 'queries', 'ours ±'):
         said[name] = ' '.join(dict.fromkeys(str(r[name]) for r in with_run))
     scales = '|'.join(SCALES[1:])
     run = re.sub(rf'_(?:{scales})(?:_seed\d+)?\]', ']', said.pop('run'))
-    return [run or ', '.join(dict.fromkeys(r['ours'] for r in cells)), *said.values()]
+    return [run, *said.values()]
