@@ -949,7 +949,7 @@ def run_kept(tmp_path, monkeypatch):
     import checked
     import pages
 
-    source = ROOT / 'runs' / 'mamlpp_t4' / 'maml_1shot_short_seed0'
+    source = ROOT / 'runs' / 'mamlpp_t4' / 'maml_1shot_long_seed0'
     folder = tmp_path / source.relative_to(ROOT)
     folder.mkdir(parents=True)
     for name in ('result.json', 'notebook.ipynb'):
@@ -973,7 +973,7 @@ def shown(page, links, folder):
 
     made, about = run_page(page, links)
     written(folder / 'page.ipynb', json.dumps(made, ensure_ascii=False))
-    assert 'maml_1shot_short_seed0' in run_list(links).replace('\\', '')
+    assert 'maml_1shot_long_seed0' in run_list(links).replace('\\', '')
     nbformat.validate(nbformat.read(folder / 'page.ipynb', 4))
     return made, about['faults']
 
@@ -1087,7 +1087,7 @@ def test_links_go_to_pages_files_or_home_and_nowhere_else(links):
     mamlpp = page_named(links, 'learners/mamlpp').source.removeprefix('nbs/')
     text = f'[a](../{mamlpp}#x) `[b](no.ipynb)` <!-- c -->'
     assert markdown(text, report, links) == '[a](../learners/mamlpp.html#x) `[b](no.ipynb)` '
-    run = 'runs/mamlpp_t4/maml_1shot_short_seed0'
+    run = 'runs/mamlpp_t4/maml_1shot_long_seed0'
     assert links(f'../../{run}/notebook.ipynb', report) == f'../{run}.html'
     assert links(f'../../{run}/result.json', maml) == f'../{run}/result.json'
     assert links('../../Makefile', maml) == f'{links.git}/blob/main/Makefile'
