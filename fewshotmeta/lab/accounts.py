@@ -16,6 +16,7 @@ from .results import HOW_RUN, all_results, recipe_name
 
 # %% ../../nbs/lab/22_accounts.ipynb #ac220008
 _ASIDE = {'scale', 'seed', 'device', 'valid_every', 'watch_every', 'learner', *HOW_RUN}
+_TRAINING = {'meta_batch', 'meta_lr', 'n_query', 'valid_tasks', 'watch_tasks'}
 
 
 def deviations(
@@ -46,13 +47,16 @@ def _settings(file, runs):
 
 def _differences(ours, theirs):
     "The settings that differ, in words."
-    names = [k for k in theirs if k in ours and k not in _ASIDE and k != 'iterations']
+    aside = _ASIDE | {'iterations'} | (_TRAINING if theirs.get('learner') else set())
+    names = [k for k in theirs if k in ours and k not in aside]
     other = [f'{k} {theirs[k]} → {ours[k]}' for k in names if ours[k] != theirs[k]]
     return ', '.join(other) or 'none'
 
 
 def _trained_on(params):
     "How many tasks a training sees; 0 for an experiment that trains nothing."
+    if params.get('learner') or 'random_init' in params.get('method', ''):
+        return 0
     return params.get('iterations', 0) * params.get('meta_batch', 1)
 
 
@@ -60,7 +64,8 @@ def _tasks_of(ours, theirs):
     "The tasks of our training, and those of the paper's."
     if not (tasks := _trained_on(ours)):
         return '–'
-    return f'{tasks:,}' + (f' of {_trained_on(theirs):,}' if theirs else '')
+    published = _trained_on(theirs or {})
+    return f'{tasks:,}' + (f' of {published:,}' if published else '')
 
 
 def _few(names, most=4):
@@ -119,6 +124,7 @@ def draw_learning(
             if label in (values or {}):
                 ax.axhline(values[label], color=f'C{i}', ls=style, lw=0.9)
     ax.set_xscale('log')
+    ax.xaxis.set_minor_formatter('')
     ax.set(xlabel='training tasks', ylabel='accuracy, %')
     ax.legend(fontsize=7, loc='lower right')
 
