@@ -98,6 +98,36 @@ def test_an_optimizer_by_its_name(train):
         assert torch.allclose(learner.theta[k], before.theta[k] - 0.5 * grad, atol=1e-5), k
 
 
+def test_nesterov_is_torchs_and_goes_on_where_it_stood(train, resumed):
+    "Momentum 0.9 and weight decay 0.0005; the speed is in the checkpoint."
+
+    def go(folder):
+        outer = dict(meta_batch=4, meta_lr=0.1, optimizer='nesterov', checkpoint=folder)
+        return fit(small(), train, 5, save_every=1, progress=False, **outer).learner
+
+    learner, plain = resumed(go, 2), small()
+    opt = torch.optim.SGD(plain.theta.values(), 0.1, 0.9, nesterov=True, weight_decay=5e-4)
+    for i in range(5):
+        found = meta_gradient(plain, train[4 * i : 4 * i + 4])
+        for param, grad in zip(plain.theta.values(), found.grads):
+            param.grad = grad
+        opt.step()
+    for k in plain.theta:
+        assert torch.allclose(learner.theta[k], plain.theta[k], atol=1e-4), k
+
+
+def test_a_speed_of_another_shape_is_refused(train, tmp_path):
+    outer = dict(meta_batch=4, optimizer='nesterov', checkpoint=tmp_path, progress=False)
+    fit(small(), train, 2, **outer)
+    head, tensors = read_checkpoint(tmp_path)
+    assert {k for k in tensors if k.startswith('speed/')} == {f'speed/{k}' for k in small().theta}
+    del head['tensors']
+    tensors['speed/head.bias'] = torch.zeros(3)
+    save_tensors(tmp_path / 'checkpoint.safetensors', 'run', head, tensors)
+    with pytest.raises(BadCheckpoint, match=r'speed/head.bias is torch.float32 \(3,\)'):
+        fit(small(), train, 2, **outer)
+
+
 def test_the_sum_over_tasks_is_so_many_times_the_mean(train):
     mean, total = small(), small()
     options = dict(iterations=1, meta_batch=4, optimizer='sgd', progress=False)
@@ -951,7 +981,7 @@ TWENTY = MAML(conv4(size=16, filters=4), 20)
         (dict(valid_every=-1), 'valid_every=-1'),
         (dict(select='first'), "select='first'.*best, last, top_3"),
         (dict(select='top_0'), 'top_0'),
-        (dict(optimizer='lion'), "optimizer='lion': choose one of 'adam', 'sgd'"),
+        (dict(optimizer='lion'), "optimizer='lion': choose one of 'adam', 'sgd', 'nesterov'"),
         (dict(task_loss='median'), "task_loss='median': choose one of 'mean', 'sum'"),
         (dict(schedule='line'), "schedule='line': choose one of 'constant', 'cosine'"),
         (dict(learner=TWENTY), 'episodes of n_way=5 for a learner of n_way=20'),

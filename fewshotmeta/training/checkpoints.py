@@ -76,6 +76,7 @@ def plot(
 CHECKPOINT = 'fewshotmeta checkpoint 2'
 
 _ADAM = dict(m='exp_avg', v='exp_avg_sq', step='step')  # name in the file: name in Adam's state
+_MOMENTS = _ADAM | dict(speed='momentum_buffer')  # and in that of SGD with momentum
 
 
 def _digest_of(tensors):
@@ -93,7 +94,7 @@ def _tensors(run):
     for name, param in run.learner.theta.items():
         out[f'theta/{name}'] = param
         state = run.opt.state.get(param, {})
-        out |= {f'{short}/{name}': state[key] for short, key in _ADAM.items() if key in state}
+        out |= {f'{short}/{name}': state[key] for short, key in _MOMENTS.items() if key in state}
     out |= {f'buffers/{k}': v for k, v in run.learner.buffers.items()}
     for i, (*_, theta, buffers) in enumerate(run.kept):
         out |= {f'kept{i}/theta/{k}': v for k, v in theta.items()}
@@ -246,10 +247,13 @@ def under_prefix(
 def _restore(run, tensors, device):
     "Put stored parameters, moments and statistics into a run."
     theta, m, v = (under_prefix(tensors, p, device) for p in ('theta/', 'm/', 'v/'))
-    steps = under_prefix(tensors, 'step/', 'cpu')
+    steps, speeds = under_prefix(tensors, 'step/', 'cpu'), under_prefix(tensors, 'speed/', device)
     with torch.no_grad():
         for name, param in run.learner.theta.items():
             param.copy_(theta[name])
+            if name in speeds:
+                speed = torch.empty_like(param).copy_(speeds[name])
+                run.opt.state[param] = dict(momentum_buffer=speed)
             if name not in m:
                 continue
             run.opt.state[param] = dict(
@@ -272,14 +276,16 @@ def _step_as(step):
 
 
 def _wanted(run, kept, tensors):
-    "What a checkpoint of a run has, with so many kept parameters and what Adam keeps."
+    "What a checkpoint of a run has, with so many kept parameters and what the optimizer keeps."
     theta, buffers = run.learner.theta, run.learner.buffers
     wanted = _forms(theta, 'theta/') | _forms(buffers, 'buffers/')
     for i in range(kept):
         wanted |= _forms(theta, f'kept{i}/theta/') | _forms(buffers, f'kept{i}/buffers/')
     stepped = {k: v for k, v in theta.items() if any(f'{short}/{k}' in tensors for short in _ADAM)}
     one = {k: _step_as(tensors.get(f'step/{k}')) for k in stepped}
-    return wanted | _forms(stepped, 'm/') | _forms(stepped, 'v/') | _forms(one, 'step/')
+    moving = {k: v for k, v in theta.items() if f'speed/{k}' in tensors}
+    wanted |= _forms(stepped, 'm/') | _forms(stepped, 'v/') | _forms(one, 'step/')
+    return wanted | _forms(moving, 'speed/')
 
 
 def _check_tensors(run, kept, tensors, folder):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'constant', 'Cosine', 'MultiStep', 'as_schedule', 'ClipValue', 'ClipNorm', 'as_clip',
-           'adam', 'sgd', 'TrainingSettings']
+           'adam', 'sgd', 'nesterov', 'TrainingSettings']
 
 # %% ../../nbs/training/03_schedules.ipynb #75a55dc0
 import inspect
@@ -132,7 +132,16 @@ def sgd(
     return _SGD(params, lr)
 
 
-OPTIMIZERS = dict(adam=adam, sgd=sgd)
+def nesterov(
+    params: list,  # to be updated in place
+    lr: float,  # learning rate, before the schedule's factor
+    betas: tuple,  # the first is the momentum: 0.9 unless said otherwise
+) -> torch.optim.Optimizer:
+    "Make gradient descent with Nesterov momentum and a weight decay of 0.0005 (Unicorn-MAML)."
+    return _SGD(params, lr, momentum=betas[0], nesterov=True, weight_decay=5e-4)
+
+
+OPTIMIZERS = dict(adam=adam, sgd=sgd, nesterov=nesterov)
 
 # %% ../../nbs/training/03_schedules.ipynb #711ad60b
 def _how_many(select):
