@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..data.checks import Registry, check_size, pick
+from ..data.checks import Registry, check_size, default_of, pick
 from ..data.episodes import check_classes, check_images, check_labels
 from ..engine.layers import task_linear
 from ..engine.lean import economical, flatten_stats, unflatten_stats, unroll
@@ -91,6 +91,7 @@ class MAML:
     "Model-Agnostic Meta-Learning (Finn et al. 2017)."
 
     ways = None  # of the tasks, where they are known without a look at the labels (see `Recorder`)
+    test_steps = None  # inner steps at test; none: as in training
 
     def __init__(
         self,
@@ -177,7 +178,7 @@ def trajectory(
     self: MAML,
     xs: Tensor,  # support images, (tasks, n_way*k_shot, channels, height, width), in [0,1]
     ys: Tensor,  # support labels, (tasks, n_way*k_shot), 0 … n_way-1
-    steps: int | None = None,  # inner steps; none: as in training
+    steps: int | None = None,  # inner steps; none: as at test
     order: int = 0,  # what a gradient through the steps needs: 0 nothing, 1 first, 2 second order
     seen: list | None = None,  # filled with the statistics of each step, by norm layer
 ):  # a generator of `Fast`, after 0 … steps inner steps
@@ -235,12 +236,23 @@ def adapt(
     self: MAML,
     xs: Tensor,  # support images, (tasks, n_way*k_shot, channels, height, width), in [0,1]
     ys: Tensor,  # support labels, (tasks, n_way*k_shot), 0 … n_way-1
-    steps: int | None = None,  # inner steps; none: as in training
+    steps: int | None = None,  # inner steps; none: `test_steps`, or as in training
 ) -> Fast:  # task-specific parameters
     "Adapt to each task's support set. Keeps no graph."
     for fast in self.trajectory(xs, ys, steps):
         pass
     return fast
+
+
+@patch
+def query_logits(
+    self: MAML,
+    fast: Fast,  # adapted parameters
+    x: Tensor,  # query images, (tasks, n, channels, height, width), float
+    step: int = 0,  # which row of per-step parameters
+) -> Tensor:  # (tasks, n, n_way)
+    "Score the classes for queries: as for support images, unless a method says otherwise."
+    return self.logits(fast, x, step)[0]
 
 
 @patch
@@ -252,7 +264,7 @@ def predict(
 ) -> Tensor:  # logits, (tasks, n, n_way)
     "Score the classes for each query image."
     self._check_images('xq', xq)
-    return self.logits(fast, xq, max(fast.steps - 1, 0))[0]
+    return self.query_logits(fast, xq, max(fast.steps - 1, 0))
 
 # %% ../../nbs/learners/10_maml.ipynb #2edb7ec6
 @patch
@@ -302,7 +314,7 @@ def meta_loss(
     weights = weights if numbers is None else numbers
     seen = [] if self.buffers else None
     loss = 0.0
-    for fast in self.trajectory(episodes.xs, episodes.ys, order=order, seen=seen):
+    for fast in self.trajectory(episodes.xs, episodes.ys, self.inner_steps, order, seen):
         if counts[fast.steps]:
             logits, losses = self._query(fast, episodes, repeated=sum(counts) > 1)
             loss = loss + weights[fast.steps] * losses
@@ -317,7 +329,7 @@ def _query(self: MAML, fast, episodes, repeated):
 
     def query(keep, params, stats):
         adapted = Fast(params, fast.steps, unflatten_stats(stats))
-        logits, _ = self.logits(adapted, episodes.xq, row)
+        logits = self.query_logits(adapted, episodes.xq, row)
         return dict(loss=task_losses(logits, episodes.yq), logits=logits)
 
     groups = fast.params, flatten_stats(fast.stats)
@@ -337,7 +349,8 @@ def remembered(
     out = {}
     for layer in stored[0]:
         for i, kind in enumerate(('mean', 'var')):
-            out[f'{layer}.{kind}'] = torch.stack([stats[layer][i].mean(0) for stats in stored])
+            means = [stats[layer][i].detach().mean(0) for stats in stored]
+            out[f'{layer}.{kind}'] = torch.stack(means)
     return out
 
 # %% ../../nbs/learners/10_maml.ipynb #b169c1c6
@@ -400,7 +413,10 @@ def with_norm(
 @patch
 def _steps(self: MAML, steps):
     "The number of inner steps. Raises `ValueError` where there are no parameters for so many."
-    steps = self.inner_steps if steps is None else check_size('steps', steps, 0)
+    if steps is None:
+        steps = self.inner_steps if self.test_steps is None else self.test_steps
+        return min(steps, self.max_steps or steps)
+    check_size('steps', steps, 0)
     if self.max_steps and steps > self.max_steps:
         raise ValueError(
             f'steps={steps}, but there are per-step parameters for {self.max_steps}: '
@@ -461,12 +477,16 @@ class Setting:
         "The arguments that decide how parameters start."
         return dict(head_init=self.head_init, seed=self.seed)
 
-
+# %% ../../nbs/learners/10_maml.ipynb #62f350d8
 LEARNERS = Registry('method')
 
 
+_LR = default_of(MAML, 'inner_lr')
+_STEPS = default_of(MAML, 'inner_steps')
+
+
 @LEARNERS.register('maml')
-def _maml(backbone, setting, *, inner_lr=0.1, inner_steps=1):
+def _maml(backbone, setting, *, inner_lr=_LR, inner_steps=_STEPS):
     "MAML, in second order."
     return MAML(
         backbone, setting.n_way, inner_lr, inner_steps, adapts=setting.adapts, **setting.fresh
@@ -474,14 +494,14 @@ def _maml(backbone, setting, *, inner_lr=0.1, inner_steps=1):
 
 
 @LEARNERS.register('fomaml')
-def _fomaml(backbone, setting, *, inner_lr=0.1, inner_steps=1):
+def _fomaml(backbone, setting, *, inner_lr=_LR, inner_steps=_STEPS):
     "MAML in first order."
     options = dict(order=1, adapts=setting.adapts) | setting.fresh
     return MAML(backbone, setting.n_way, inner_lr, inner_steps, **options)
 
 
 @LEARNERS.register('random_init')
-def _random_init(backbone, setting, *, inner_lr=0.1, inner_steps=1):
+def _random_init(backbone, setting, *, inner_lr=_LR, inner_steps=_STEPS):
     "Adaptation of a random start: what every table should be compared with."
     return _fomaml(backbone, setting, inner_lr=inner_lr, inner_steps=inner_steps)
 
