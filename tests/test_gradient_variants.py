@@ -92,7 +92,7 @@ def test_signmaml_against_finite_differences(norm, adapts):
 
 def test_every_weight_moves_by_alpha():
     m, ep = tiny(inner_steps=1), noise()
-    fast, some = m.adapt(ep.xs, ep.ys), m.adapt(10 * ep.xs, ep.ys)
+    fast, some = m.adapt(ep.xs, ep.ys, 1), m.adapt(10 * ep.xs, ep.ys, 1)
     for k in ('conv1.weight', 'conv3.weight', 'head.weight', 'head.bias'):
         assert torch.allclose(
             (fast.params[k] - m.theta[k]).abs(), torch.tensor(0.01, dtype=torch.float64), atol=1e-12
@@ -100,7 +100,7 @@ def test_every_weight_moves_by_alpha():
     assert (
         torch.equal(fast.params['conv2.bias'][0], m.theta['conv2.bias']) and m.order == 1
     )  # no gradient, no step
-    a = tiny(inner_steps=1, reduction='sum_over_shots').adapt(ep.xs, ep.ys)
+    a = tiny(inner_steps=1, reduction='sum_over_shots').adapt(ep.xs, ep.ys, 1)
     assert all(
         torch.allclose(a.params[k], fast.params[k]) for k in m.adapted
     )  # the loss's scale does not count
@@ -224,3 +224,144 @@ def test_the_shared_vector_says_nothing():
 def test_bad_input(call, words, noise_bank):
     with pytest.raises(ValueError, match=words):
         call(EpisodeSampler(noise_bank, 5, 1, 3))
+
+
+# ---- the authors' settings
+
+
+def test_signmaml_is_by_default_what_its_authors_job_file_says():
+    m = SignMAML(conv4(size=16, filters=8), 3)
+    assert (m.inner_lr, m.inner_steps, m.test_steps) == (0.0035, 5, 10)
+    assert m.adapts is everything and 'norm1.weight' in m.adapted
+
+
+def test_steps_at_test_are_others_than_in_training(noise_bank):
+    "Ten at test, five in the meta-loss, whose value is that of five steps of another learner."
+    task = EpisodeSampler(noise_bank, 3, 1, 3)
+    net, episodes = conv4(size=16, filters=8), task[0:2]
+    m, as_trained = SignMAML(net, 3), SignMAML(net, 3, test_steps=None)
+    assert m.adapt(episodes.xs, episodes.ys).steps == 10
+    assert m.adapt(episodes.xs, episodes.ys, 2).steps == 2
+    assert as_trained.adapt(episodes.xs, episodes.ys).steps == 5
+    assert torch.equal(m.meta_loss(episodes).loss, as_trained.meta_loss(episodes).loss)
+    assert evaluate(m, task, 2).accuracies.shape == (2, 11)
+
+
+def test_steps_at_test_are_at_most_those_there_are_parameters_for(noise_bank):
+    m = SignMAML(conv4(size=16, filters=8, norm='per_step', norm_steps=5), 3)
+    assert evaluate(m, EpisodeSampler(noise_bank, 3, 1, 3), 2).accuracies.shape == (2, 6)
+
+
+def test_steps_at_test_outlive_a_file(tmp_path):
+    save_learner(SignMAML(conv4(size=16, filters=8), 3, test_steps=7), tmp_path / 'm.safetensors')
+    assert load_learner(tmp_path / 'm.safetensors').test_steps == 7
+
+
+@pytest.mark.parametrize('order', [1, 2])
+@pytest.mark.parametrize('plan', ['plain', 'batched', 'recompute', 'graph'])
+def test_a_temperature_divides_the_logits_of_queries_alone(plan, order):
+    m, ep = tiny(unicorn_maml, inner_lr=0.3, order=order, temperature=0.5), noise(tasks=3)
+    plain = tiny(unicorn_maml, inner_lr=0.3, order=order)
+    loss, naive = tempered_loop(plain, ep, 0.5, create_graph=order == 2)
+    assert_same(m, ep, how(plan), loss, naive)
+    fast, cold = m.adapt(ep.xs, ep.ys), plain.adapt(ep.xs, ep.ys)
+    assert torch.allclose(fast.params['head.weight'], cold.params['head.weight'], atol=1e-12)
+    assert torch.allclose(m.predict(fast, ep.xq), 2 * plain.predict(cold, ep.xq), atol=1e-10)
+
+
+def tempered_loop(m, ep, temperature, create_graph):
+    "Loss and gradient of Unicorn-MAML, a task at a time, with PyTorch's own layers."
+    theta, total = m.theta, 0.0
+    names = [k for k in m.adapted if not ('conv' in k and 'bias' in k)]
+    for xs, ys, xq, yq in zip(*ep):
+        p = theta | {k: theta[k][:1].expand(3, *theta[k].shape[1:]) for k in HEAD}
+        for _ in range(m.inner_steps):
+            loss = F.cross_entropy(plain_logits(m.backbone, p, xs), ys)
+            kept = dict(create_graph=create_graph, retain_graph=True)
+            grads = torch.autograd.grad(loss, [p[k] for k in names], **kept)
+            p |= {k: p[k] - 0.3 * g for k, g in zip(names, grads)}
+        logits = plain_logits(m.backbone, p, xq) / temperature
+        total = total + F.cross_entropy(logits, yq) / len(ep.xs)
+    grads = torch.autograd.grad(total, list(theta.values()), materialize_grads=True)
+    return total, dict(zip(theta, grads))
+
+
+@pytest.fixture
+def remembering(noise_bank):
+    "Unicorn-MAML after some training, by the authors' settings, and its tasks."
+    tasks = EpisodeSampler(noise_bank, 3, 1, 3)
+    own = dict(inner_steps=2, order=1, adapts=everything, temperature=0.5, remember=True)
+    m = unicorn_maml(conv4(size=16, filters=8), 3, **own)
+    fit(m, tasks, 4, meta_batch=2, meta_lr=0.01, optimizer='nesterov', progress=False)
+    return m, tasks
+
+
+def test_queries_are_normalised_by_what_training_remembers(remembering):
+    m, tasks = remembering
+    assert m.transductive and not any(v.requires_grad for v in m.buffers.values())
+    running, ep = m.with_norm(RunningQueries()), tasks[0:2]
+    fast, own = running.adapt(ep.xs, ep.ys), m.adapt(ep.xs, ep.ys)
+    for name in m.adapted:  # support images by their own statistics, as in training
+        assert torch.allclose(fast.params[name], own.params[name], atol=1e-5), name
+    whole = running.predict(fast, ep.xq)
+    assert not running.transductive
+    assert torch.allclose(running.predict(fast, ep.xq[:, :1]), whole[:, :1], atol=1e-5)
+    for i in range(2):
+        p = {k: v[i] if v.dim() > m.theta[k].dim() else v for k, v in fast.params.items()}
+        p |= {k: fast.params[k][i] for k in HEAD}
+        expected = evaluation_mode(m, p, ep.xq[i]) / 0.5
+        assert torch.allclose(whole[i], expected, atol=1e-4)
+
+
+def evaluation_mode(m, p, x):
+    "Logits with the statistics of the last inner step, as PyTorch's batch norm evaluates."
+    for i in range(1, 5):
+        mean, var = (m.buffers[f'norm{i}.{kind}'][-1] for kind in ('mean', 'var'))
+        x = F.conv2d(x, p[f'conv{i}.weight'], p[f'conv{i}.bias'], padding=1)
+        scale = p[f'norm{i}.weight'], p[f'norm{i}.bias']
+        x = F.batch_norm(x, mean, var, *scale, False, 0.0, m.backbone.eps)
+        x = F.max_pool2d(F.leaky_relu(x, m.backbone.leak), 2)
+    return F.linear(x.flatten(1), p['head.weight'], p['head.bias'])
+
+
+@pytest.mark.parametrize('plan', ['batched', 'recompute', 'graph'])
+def test_every_plan_remembers_alike(plan):
+    m, ep = tiny(unicorn_maml, remember=True), noise(tasks=3)
+    found = meta_gradient(m, ep, plan=how('plain')).stats
+    if plan == 'graph':
+        *_, stats = Recorder(m, how(plan))(ep, 0.0, 3)
+    else:
+        stats = meta_gradient(m, ep, plan=how(plan)).stats
+    assert set(stats) == set(m.buffers)
+    for name, value in stats.items():
+        assert torch.allclose(value, found[name], atol=1e-10), name
+
+
+def test_what_is_remembered_goes_on_and_outlives_a_file(remembering, resumed, noise_bank, tmp_path):
+    tasks = EpisodeSampler(noise_bank, 3, 1, 3)
+
+    def go(folder):
+        own = dict(inner_steps=2, order=1, temperature=0.5, remember=True)
+        m = unicorn_maml(conv4(size=16, filters=8), 3, **own)
+        outer = dict(meta_batch=2, optimizer='nesterov', checkpoint=folder, save_every=2)
+        return fit(m, tasks, 6, progress=False, **outer).learner
+
+    resumed(go, 3)
+    m = remembering[0].with_norm(RunningQueries())
+    save_learner(m, tmp_path / 'm.safetensors')
+    again, ep = load_learner(tmp_path / 'm.safetensors'), tasks[0:2]
+    assert torch.equal(
+        again.predict(again.adapt(ep.xs, ep.ys), ep.xq), m.predict(m.adapt(ep.xs, ep.ys), ep.xq)
+    )
+
+
+def test_what_the_authors_settings_refuse():
+    net = from_module(torch.nn.Flatten(), 1, 16)
+    with pytest.raises(ValueError, match='temperature=0'):
+        unicorn_maml(conv4(size=16), 3, temperature=0)
+    with pytest.raises(ValueError, match='remember=True, but .* has no norm that keeps'):
+        unicorn_maml(net, 3, remember=True)
+    with pytest.raises(ValueError, match='keeps statistics|no statistics'):
+        unicorn_maml(conv4(size=16), 3).with_norm(RunningQueries())
+    with pytest.raises(ValueError, match='test_steps=-1'):
+        SignMAML(conv4(size=16), 3, test_steps=-1)
