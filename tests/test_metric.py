@@ -14,12 +14,15 @@ MAKE = dict(
     proto=ProtoNet,
     relation=partial(RelationNet, width=8),
     relation_mse=partial(RelationNet, width=8, loss='mse'),
+    relation_maps=partial(MapRelationNet, width=8),
+    r2d2_fixed=partial(R2D2, lam=50.0, scale=10.0, learn_lam=False),
     r2d2=partial(R2D2, lam=0.5, scale=3.0),
 )
 
 
 def tiny(name, norm='transductive', dtype=torch.float64):
-    m = to_dtype(MAKE[name](conv4(size=16, filters=8, norm=norm)), dtype)
+    make = conv4_maps if name == 'relation_maps' else conv4
+    m = to_dtype(MAKE[name](make(size=16, filters=8, norm=norm)), dtype)
     m.theta = {k: v.detach().contiguous().requires_grad_() for k, v in m.theta.items()}
     return m
 
@@ -54,6 +57,39 @@ def relation(m, e, ys, q, n):
     return torch.stack([g(torch.cat([e[ys == c].mean(0), q])) for c in range(n)])
 
 
+def map_features(m, x):
+    "Four blocks of PyTorch's layers, a pool behind the first two."
+    p = m.theta
+    for i in range(1, 5):
+        x = F.conv2d(x, p[f'conv{i}.weight'], padding=1)
+        x = F.batch_norm(x, None, None, p[f'norm{i}.weight'], p[f'norm{i}.bias'], True)
+        x = F.leaky_relu(x, m.backbone.leak)
+        x = F.max_pool2d(x, 2) if i <= 2 else x
+    return x
+
+
+def relation_maps(m, e, ys, q, n):
+    "All queries at once: the module's norm takes the statistics of all pairs."
+    p, means = m.theta, torch.stack([e[ys == c].mean(0) for c in range(n)])
+    h = torch.stack([torch.cat([mean, one]) for one in q for mean in means])
+    for i in (1, 2):
+        h = F.conv2d(h, p[f'relation.conv{i}.weight'], padding=1)
+        scale = p[f'relation.norm{i}.weight'], p[f'relation.norm{i}.bias']
+        h = F.max_pool2d(F.batch_norm(h, None, None, *scale, True).relu(), 2)
+    for i in (0, 1):
+        h = h.flatten(1).relu()
+        h = F.linear(h, p[f'relation.{i}.weight'], p[f'relation.{i}.bias'])
+    return h.view(len(q), n)
+
+
+def r2d2_fixed(m, e, ys, q, n):
+    "R2-D2 with λ = 50, by the matrix of the embedding's size."
+    x, q = (torch.cat([v, torch.ones_like(v[..., :1])], -1) for v in (e, q))
+    within = x.T @ x + 50 * torch.eye(x.shape[1], dtype=x.dtype)
+    solution = torch.linalg.solve(within, x.T @ F.one_hot(ys, n).to(x))
+    return m.theta['ridge.scale'] * (q @ solution) + m.theta['ridge.bias']
+
+
 def r2d2(m, e, ys, q, n):
     def ones(x):
         return torch.cat([x, torch.ones_like(x[..., :1])], -1)
@@ -75,6 +111,7 @@ PLAIN = dict(
     proto=proto,
     relation=relation,
     relation_mse=relation,
+    r2d2_fixed=r2d2_fixed,
     r2d2=r2d2,
 )
 
@@ -82,8 +119,11 @@ PLAIN = dict(
 def plain_loop(name, m, ep):
     n, total = int(ep.ys.max()) + 1, 0.0
     for xs, ys, xq, yq in zip(*ep):
-        e, q = plain_embedding(m, xs), plain_embedding(m, xq)
-        scores = torch.stack([PLAIN[name](m, e, ys, one, n) for one in q])
+        if name == 'relation_maps':
+            scores = relation_maps(m, map_features(m, xs), ys, map_features(m, xq), n)
+        else:
+            e, q = plain_embedding(m, xs), plain_embedding(m, xq)
+            scores = torch.stack([PLAIN[name](m, e, ys, one, n) for one in q])
         loss = (
             F.mse_loss(scores.sigmoid(), F.one_hot(yq, n).to(scores))
             if name == 'relation_mse'
@@ -283,9 +323,9 @@ def test_a_replay_follows_what_changes(name):
 def test_the_encoder_learns(name, noise_bank):
     "Every parameter gets a gradient, but those that the norm, or the softmax, does not see."
     g = gradient(tiny(name), noise())
-    blind = {f'conv{i}.bias' for i in range(1, 5)} | (
-        {'relation.2.bias'} if name == 'relation' else {'ridge.bias'} if name == 'r2d2' else set()
-    )
+    unseen = dict(relation='relation.2.bias', relation_maps='relation.1.bias')
+    unseen |= dict(r2d2='ridge.bias', r2d2_fixed='ridge.bias')
+    blind = {f'conv{i}.bias' for i in range(1, 5)} | {unseen.get(name, 'conv1.bias')}
     assert {k for k, v in g.items() if v.abs().max() < 1e-12} == blind
 
 
@@ -298,7 +338,51 @@ def test_attention_does_not_underflow():
     )
 
 
+# ---- RelationNet on maps
+@pytest.mark.parametrize('size,sides', [(16, 1), (28, 1), (84, 3)])
+def test_the_full_module_has_the_authors_sizes(size, sides):
+    "576 inputs of the hidden layer for 84 pixels and 64 channels, 8 neurons, as the authors have."
+    m = MapRelationNet(conv4_maps(channels=3, size=size, filters=64))
+    sizes = {k: tuple(v.shape) for k, v in m.theta.items() if k.startswith('relation')}
+    assert sizes['relation.conv1.weight'] == (64, 128, 3, 3)
+    assert sizes['relation.conv2.weight'] == (64, 64, 3, 3)
+    assert sizes['relation.0.weight'] == (8, 64 * sides**2) and sizes['relation.1.weight'] == (1, 8)
+    x = torch.rand(1, 4, 3, size, size)
+    ys = torch.tensor([[0, 0, 1, 1]])
+    assert m.predict(m.adapt(x, ys), x[:, :3]).shape == (1, 3, 2)
+
+
+def test_a_network_without_norms_cannot_have_the_full_module():
+    net = from_module(nn.Sequential(nn.Conv2d(1, 4, 3, 2), nn.AdaptiveAvgPool2d(4)), 1, 16)
+    net.map_shape = 4, 4, 4
+    with pytest.raises(ValueError, match="norm='none' of the backbone"):
+        MapRelationNet(net)
+
+
+@pytest.mark.parametrize('name', ['relation_maps', 'r2d2_fixed'])
+def test_a_variant_outlives_a_file(name, tmp_path):
+    m, ep = tiny(name, dtype=torch.float32), noise()
+    ep = Episodes(ep.xs.float(), ep.ys, ep.xq.float(), ep.yq)
+    save_learner(m, tmp_path / 'm.safetensors')
+    assert torch.equal(logits(load_learner(tmp_path / 'm.safetensors'), ep), logits(m, ep))
+
+
 # ---- R2-D2
+def test_a_fixed_lambda_is_no_parameter(noise_bank):
+    m = R2D2(conv4(size=16, filters=8), lam=50.0, scale=1e-4, learn_lam=False)
+    tasks = EpisodeSampler(noise_bank, 3, 1, 3)
+    fit(m, tasks, 2, meta_batch=2, optimizer='nesterov', progress=False)
+    assert {k for k in m.theta if 'ridge' in k} == {'ridge.scale', 'ridge.bias'} and m.lam == 50
+
+
+def test_the_authors_division_multiplies_lambda():
+    "X and Y divided by √n and λ is n times λ without: what the page says of 50 and 250."
+    gen = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(1, 5, k, generator=gen, dtype=torch.float64) for k in (7, 5))
+    lam, root = torch.tensor(50.0, dtype=torch.float64), 5**0.5
+    assert torch.allclose(ridge(x / root, y / root, lam), ridge(x, y, 5 * lam), atol=1e-12)
+
+
 @pytest.mark.parametrize('n,features', [(3, 20), (20, 3), (1, 1)])
 def test_ridge_is_least_squares(n, features):
     "Both ways round: more images than features, and fewer."
@@ -344,15 +428,17 @@ def test_training_stops_where_there_is_no_solution(noise_bank):
 
 @every
 def test_a_users_module(name, noise_bank):
-    m = MAKE[name](
-        from_module(
-            nn.Sequential(
-                nn.Conv2d(1, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2)
-            ),
-            1,
-            16,
-        )
+    side = 4 if name == 'relation_maps' else 2
+    net = from_module(
+        nn.Sequential(
+            nn.Conv2d(1, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(side)
+        ),
+        1,
+        16,
     )
+    if name == 'relation_maps':
+        net.map_shape = 4, 4, 4
+    m = MAKE[name](net)
     before = {k: v.detach().clone() for k, v in m.theta.items()}
     fit(m, EpisodeSampler(noise_bank, 3, 1, 3), 2, meta_batch=2, progress=False)
     assert any(not torch.equal(m.theta[k], before[k]) for k in before if k.startswith('0.'))
@@ -385,6 +471,8 @@ NET = conv4(size=16, filters=8)
         (lambda s: MatchingNet(NET, scale=0.0), 'scale=0.0: greater than 0'),
         (lambda s: RelationNet(NET, width=0), 'width=0'),
         (lambda s: RelationNet(NET, loss='l2'), "loss='l2'.*'mse'"),
+        (lambda s: MapRelationNet(NET), 'maps of 0×0 pixels.*conv4_maps'),
+        (lambda s: conv4_maps(down='stride'), "down='stride': a map is halved by max pooling"),
         (lambda s: R2D2(NET, lam=0.0), 'lam=0.0'),
         (lambda s: R2D2(NET, scale=-1.0), 'scale=-1.0'),
         (

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RELATION_LOSSES', 'NoHead', 'nothing', 'Metric', 'MatchingNet', 'ProtoNet', 'squashed_squares', 'RelationNet',
-           'ridge', 'R2D2']
+           'MapRelationNet', 'ridge', 'R2D2']
 
 # %% ../../nbs/learners/15_metric.ipynb #4c39b204
 import math
@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..data.checks import check_size, pick
+from ..data.checks import check_size, default_of, pick
 from ..engine.layers import class_means, one_hot
-from .norms import Norm, as_norm
+from ..engine.layers import task_conv2d, task_max_pool, task_norm
+from ..engine.lean import flatten_stats, unflatten_stats
+from .norms import NORMS, Norm, as_norm
 from .heads import Rows, init_head
 from .maml import Fast, LEARNERS, MAML, MetaLoss, task_losses
 
@@ -210,6 +212,15 @@ def squashed_squares(
 
 RELATION_LOSSES = dict(cross_entropy=task_losses, mse=squashed_squares)
 
+# %% ../../nbs/learners/15_metric.ipynb #cce525a1
+def _linear_layers(name, sizes, gen):
+    "Fresh linear layers `name.0`, `name.1`, … of so many (outputs, inputs); their biases are zero."
+    layers = {}
+    for i, (rows, columns) in enumerate(sizes):
+        for part, value in init_head(rows, columns, 'linear', gen).items():
+            layers[part.replace('head', f'{name}.{i}')] = value
+    return layers
+
 # %% ../../nbs/learners/15_metric.ipynb #b761083f
 class RelationNet(Metric):
     "Relation networks (Sung et al. 2018): a learned network compares a class mean with a query."
@@ -226,11 +237,13 @@ class RelationNet(Metric):
         check_size('width', width, 1)
         self.width = width
         self.loss = loss
-        gen = torch.Generator().manual_seed(seed + 1)
-        sizes = (width, 2 * backbone.out_features), (width, width), (1, width)
-        for i, (rows, columns) in enumerate(sizes):
-            for name, value in init_head(rows, columns, 'linear', gen).items():
-                self.theta[name.replace('head', f'relation.{i}')] = value.requires_grad_()
+        module = self.fresh_module(torch.Generator().manual_seed(seed + 1))
+        self.theta |= {name: value.requires_grad_() for name, value in module.items()}
+
+    def fresh_module(self, gen: torch.Generator) -> dict:
+        "Draw the relation module, name to tensor: three linear layers."
+        width, inputs = self.width, 2 * self.backbone.out_features
+        return _linear_layers('relation', ((width, inputs), (width, width), (1, width)), gen)
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         "Give the query loss of each task, (tasks,)."
@@ -254,6 +267,101 @@ def score(
         h = h.relu() if i else h
         h = F.linear(h, params[f'relation.{i}.weight'], params[f'relation.{i}.bias'])
     return h.squeeze(-1)
+
+# %% ../../nbs/learners/15_metric.ipynb #d6e13b02
+class MapRelationNet(RelationNet):
+    "RelationNet whose module compares feature maps by two convolution blocks (Sung et al. 2018)."
+
+    def __init__(
+        self,
+        backbone,  # an encoder that says `map_shape`: `conv4_maps`, or one of your own
+        width: int = 8,  # neurons of the module's hidden layer
+        loss: str = 'cross_entropy',  # a key of `RELATION_LOSSES`
+        seed: int = 0,  # of the fresh parameters
+    ):
+        _, *sides = getattr(backbone, 'map_shape', (0, 0, 0))
+        if min(sides) < 4:
+            raise ValueError(
+                f'feature maps of {sides[0]}×{sides[1]} pixels, but two pools need 4×4: use the '
+                'backbone conv4_maps, or one whose map_shape is (channels, height, width)'
+            )
+        if not (backbone.norm.measured or backbone.norm.fixed):
+            raise ValueError(
+                f'norm={backbone.norm} of the backbone, but the relation module has norms: '
+                f'choose one of {", ".join(NORMS)} that stores nothing'
+            )
+        super().__init__(backbone, width, loss, seed)
+
+    @property
+    def padding(self) -> int:
+        "Pixels of zeros around a map: 1 below 10 pixels, where the second block would have none."
+        return int(min(self.backbone.map_shape[1:]) < 10)
+
+# %% ../../nbs/learners/15_metric.ipynb #d6e13b03
+@patch
+def fresh_module(
+    self: MapRelationNet,
+    gen: torch.Generator,  # the source of randomness
+) -> dict:  # name to tensor
+    "Draw the relation module: two convolution blocks and two linear layers."
+    channels, *sides = self.backbone.map_shape
+    spread = math.sqrt(2 / (9 * channels))
+    module = {}
+    for i, inputs in ((1, 2 * channels), (2, channels)):
+        weight = torch.randn(channels, inputs, 3, 3, generator=gen)
+        module[f'relation.conv{i}.weight'] = spread * weight
+        module[f'relation.norm{i}.weight'] = torch.ones(channels)
+        module[f'relation.norm{i}.bias'] = torch.zeros(channels)
+        sides = [(side - 2 + 2 * self.padding) // 2 for side in sides]
+    sizes = (self.width, channels * math.prod(sides)), (1, self.width)
+    return module | _linear_layers('relation', sizes, gen)
+
+# %% ../../nbs/learners/15_metric.ipynb #d6e13b04
+@patch
+def compare(
+    self: MapRelationNet,
+    params: dict,  # the parameters, and the class means, (tasks, n_way, features)
+    q: Tensor,  # embeddings of the queries, (tasks, n, features)
+    support: dict | None,  # the support pairs' statistics by layer, where the norm uses them
+) -> tuple[Tensor, dict]:  # (tasks, n, n_way), and the pairs' statistics by layer
+    "Say how well each query goes with each class."
+    shape, padding = self.backbone.map_shape, self.padding
+    halves = zip((params['means'], q), params['relation.conv1.weight'].chunk(2, 1))
+    c, q = (task_conv2d(x.unflatten(-1, shape), w, padding=padding) for x, w in halves)
+    pairs = (c[:, None] + q[:, :, None]).flatten(1, 2)
+    h, first = self._norm_pool(params, pairs, 'relation.norm1', support)
+    h = task_conv2d(h, params['relation.conv2.weight'], padding=padding)
+    h, second = self._norm_pool(params, h, 'relation.norm2', support)
+    h = F.linear(h.flatten(2), params['relation.0.weight'], params['relation.0.bias']).relu()
+    h = F.linear(h, params['relation.1.weight'], params['relation.1.bias'])
+    stats = {'relation.norm1': first, 'relation.norm2': second}
+    return h.unflatten(1, (q.shape[1], -1)).squeeze(-1), stats
+
+
+@patch
+def _norm_pool(self: MapRelationNet, params, x, layer, support):
+    "Norm, pool and ReLU of the pairs of each task, and the statistics that the norm used."
+    norm = self.backbone.norm
+    given = norm.statistics(x, params, layer, 0, support)
+    y, used = task_norm(x, params[f'{layer}.weight'], params[f'{layer}.bias'], given)
+    return task_max_pool(y).relu(), norm.observed(x, used)
+
+# %% ../../nbs/learners/15_metric.ipynb #d6e13b05
+@patch
+def keep(self: MapRelationNet, theta: dict, e: Tensor, ys: Tensor, n_way: int) -> dict:
+    "Keep the class means, and the statistics of their pairs with the support images."
+    means = dict(means=class_means(e, ys, n_way))
+    if not self.backbone.norm.from_support:
+        return means
+    _, stats = self.compare(theta | means, e, None)
+    return means | flatten_stats(stats)
+
+
+@patch
+def score(self: MapRelationNet, params: dict, q: Tensor) -> Tensor:
+    "Say how well each query goes with each class, (tasks, n, n_way)."
+    kept = {name: value for name, value in params.items() if '|' in name}
+    return self.compare(params, q, unflatten_stats(kept))[0]
 
 # %% ../../nbs/learners/15_metric.ipynb #394cb348
 def ridge(
@@ -279,6 +387,7 @@ class R2D2(Metric):
         lam: float = 1.0,  # λ at the start
         scale: float = 1.0,  # α at the start
         seed: int = 0,  # of the fresh parameters
+        learn_lam: bool = True,  # as the paper says; the authors' settings hold λ where it starts
     ):
         super().__init__(backbone, seed)
         for name, value in dict(lam=lam, scale=scale).items():
@@ -286,13 +395,16 @@ class R2D2(Metric):
                 raise ValueError(f'{name}={value}: it starts greater than 0')
         self.lam = lam
         self.scale = scale
-        start = {'ridge.log_lam': math.log(lam), 'ridge.scale': float(scale), 'ridge.bias': 0.0}
+        start = {'ridge.log_lam': math.log(lam)} if learn_lam else {}
+        start |= {'ridge.scale': float(scale), 'ridge.bias': 0.0}
         self.theta |= {k: torch.tensor([v], requires_grad=True) for k, v in start.items()}
 
     def keep(self, theta: dict, e: Tensor, ys: Tensor, n_way: int) -> dict:
         "Keep the solution W; the column of ones makes its last row an intercept."
         x, y = F.pad(e, (0, 1), value=1.0), one_hot(ys, n_way).to(e.dtype)
-        return dict(solution=ridge(x, y, theta['ridge.log_lam'].exp()))
+        learned = theta.get('ridge.log_lam')
+        lam = x.new_full((1,), self.lam) if learned is None else learned.exp()
+        return dict(solution=ridge(x, y, lam))
 
     def score(self, params: dict, q: Tensor) -> Tensor:
         "Give α·qW + β, (tasks, n, n_way)."
@@ -313,12 +425,19 @@ def _proto_net(backbone, setting):
 
 
 @LEARNERS.register('relation_net')
-def _relation_net(backbone, setting):
-    "Relation networks."
-    return RelationNet(backbone, seed=setting.seed)
+def _relation_net(backbone, setting, *, maps=False):
+    "Relation networks; with the full module on feature maps, if asked for."
+    return (MapRelationNet if maps else RelationNet)(backbone, seed=setting.seed)
 
 
 @LEARNERS.register('r2d2')
-def _r2d2(backbone, setting):
+def _r2d2(
+    backbone,
+    setting,
+    *,
+    lam=default_of(R2D2, 'lam'),
+    alpha=default_of(R2D2, 'scale'),
+    learn_lam=default_of(R2D2, 'learn_lam'),
+):
     "R2-D2."
-    return R2D2(backbone, seed=setting.seed)
+    return R2D2(backbone, lam, alpha, setting.seed, learn_lam)
