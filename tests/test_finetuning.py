@@ -5,7 +5,7 @@ from fewshotmeta.all import *
 from test_hypermaml import plain_embedding
 from test_maml import assert_slope, noise
 
-METHODS = [FeatureTransfer, BaselinePP, SimpleShot]
+METHODS = [FeatureTransfer, BaselinePP, WeightNormBaselinePP, SimpleShot]
 
 
 def tiny(make=FeatureTransfer, norm='transductive', **kw):
@@ -36,7 +36,11 @@ def images(tasks=3, n=6, seed=0):
     return Episodes(x[:, :0], y[:, :0], x, y)
 
 
-def plain_scores(m, h, w, b):
+def plain_scores(m, h, head):
+    w, b = head['head.weight'], head.get('head.bias')
+    if isinstance(m, WeightNormBaselinePP):
+        w = head['head.length'][:, None] * w / w.norm(dim=1, keepdim=True)
+        return 2 * F.normalize(h, dim=1) @ w.T
     return (
         2 * F.normalize(h, dim=1) @ F.normalize(w, dim=1).T
         if isinstance(m, BaselinePP)
@@ -63,7 +67,7 @@ def test_every_plan_equals_the_plain_loop(make, plan):
     loss = (
         sum(
             F.cross_entropy(
-                plain_scores(m, plain_embedding(m, x), t['head.weight'], t.get('head.bias')), y
+                plain_scores(m, plain_embedding(m, x), t), y
             )
             for x, y in zip(ep.xq, ep.yq)
         )
@@ -96,7 +100,13 @@ def test_gradient_against_finite_differences(make, norm):
 
 
 @pytest.mark.parametrize(
-    'make,init', [(FeatureTransfer, 'zeros'), (FeatureTransfer, 'linear'), (BaselinePP, 'linear')]
+    'make,init',
+    [
+        (FeatureTransfer, 'zeros'),
+        (FeatureTransfer, 'linear'),
+        (BaselinePP, 'linear'),
+        (WeightNormBaselinePP, 'linear'),
+    ],
 )
 @pytest.mark.parametrize('norm', ['transductive', 'support'])
 def test_the_fitted_head_is_what_autograd_and_sgd_find(make, init, norm):
@@ -113,12 +123,43 @@ def test_the_fitted_head_is_what_autograd_and_sgd_find(make, init, norm):
         for _ in range(12):
             opt.zero_grad()
             F.cross_entropy(
-                plain_scores(m, h, own['head.weight'], own.get('head.bias')), ep.ys[i]
+                plain_scores(m, h, own), ep.ys[i]
             ).backward()
             opt.step()
         for k, v in own.items():
             assert torch.allclose(fast.params[k][i], v, atol=1e-11), k
         assert (fast.params['head.weight'][i] - fresh.params['head.weight'][i]).abs().max() > 1e-3
+
+
+def test_learned_lengths_are_torchs_weight_normalisation():
+    "A head of 7 rows by `weight_norm`: the same start, and the gradients of both parts."
+    m, ep = tiny(WeightNormBaselinePP), images()
+    rows = m.theta['head.weight']
+    assert torch.allclose(m.theta['head.length'], rows.norm(dim=1))
+    with torch.no_grad():
+        m.theta['head.length'].copy_(1.5 * rows.norm(dim=1))
+    layer = torch.nn.Linear(8, 7, bias=False, dtype=torch.float64)
+    layer.weight.data = rows.detach().clone()
+    layer = torch.nn.utils.parametrizations.weight_norm(layer)
+    parts = layer.parametrizations.weight
+    length, direction = parts.original0, parts.original1
+    length.data *= 1.5
+    h = [F.normalize(plain_embedding(m, x), dim=1).detach() for x in ep.xq]
+    loss = sum(F.cross_entropy(2 * layer(x), y) for x, y in zip(h, ep.yq)) / 3
+    theirs = torch.autograd.grad(loss, [length, direction])
+    ours = gradient(m, ep)
+    assert m.meta_loss(ep).loss.mean().item() == pytest.approx(loss.item(), abs=1e-12)
+    assert torch.allclose(ours['head.length'], theirs[0][:, 0], atol=1e-12)
+    assert torch.allclose(ours['head.weight'], theirs[1], atol=1e-12)
+    assert theirs[0].abs().max() > 1e-4
+
+
+def test_learned_lengths_outlive_a_file(tmp_path):
+    m, ep = WeightNormBaselinePP(conv4(size=16, filters=8), 7, tune_steps=3), noise()
+    save_learner(m, tmp_path / 'm.safetensors')
+    assert isinstance(m.head, LengthRows)
+    again, x = load_learner(tmp_path / 'm.safetensors'), (ep.xs.float(), ep.ys)
+    assert torch.equal(again.adapt(*x).params['head.length'], m.adapt(*x).params['head.length'])
 
 
 def test_momentum_descent_is_torchs():
@@ -159,7 +200,10 @@ def test_simpleshot_is_the_nearest_mean(transform):
         assert torch.allclose(logits[i], q.square().sum(1)[:, None] - far, atol=1e-12)
 
 
-@pytest.mark.parametrize('make,steps', [(FeatureTransfer, 1), (BaselinePP, 1), (SimpleShot, 0)])
+@pytest.mark.parametrize(
+    'make,steps',
+    [(FeatureTransfer, 1), (BaselinePP, 1), (WeightNormBaselinePP, 1), (SimpleShot, 0)],
+)
 def test_steps(make, steps, noise_bank):
     m, s = make(conv4(size=16, filters=8), 40), EpisodeSampler(noise_bank, 5, 1, 3)
     assert (
