@@ -1,5 +1,6 @@
 """Protocols: the same tasks for every method and seed, every learner by name, plugins."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -179,13 +180,90 @@ def test_refusals(tasks, bad, words, request):
         bad(tasks)
 
 
-def test_options_are_those_of_the_train_notebook():
+def test_options_are_parameters_of_the_train_notebook_or_named():
+    "What train.ipynb has no parameter for is given by its `options`."
     params = read_parameters(ROOT / 'nbs' / 'experiments' / 'train.ipynb')
-    for name, default in known_options().items():
-        if name not in ('n_max', 'inner_lr'):
-            assert params[name].default == (
-                list(default) if isinstance(default, tuple) else default
-            )
+    named = {name for name in known_options() if name not in params}
+    unicorn = {'order', 'temperature', 'remember'}
+    assert named == {'n_max', 'weight_norm', 'maps', 'lam', 'alpha', 'learn_lam'} | unicorn
+    for method in ('hypermaml', 'hidra', 'mamlpp'):
+        for name, default in LEARNERS.options(method).items():
+            if name not in ('n_max', 'inner_lr', 'inner_steps'):
+                default = list(default) if isinstance(default, tuple) else default
+                assert params[name].default == default, name
+
+
+OWN = dict(
+    maml=MAML,
+    fomaml=MAML,
+    random_init=MAML,
+    hidra=MAML,
+    hidra_random_init=MAML,
+    mamlpp=mamlpp,
+    hidra_mamlpp=mamlpp,
+    meta_sgd=meta_sgd,
+    reptile=Reptile,
+    sign_maml=SignMAML,
+    unicorn_maml=unicorn_maml,
+    hypermaml=HyperMAML,
+    anyway_hypermaml=HyperMAML,
+    feature_transfer=FeatureTransfer,
+    baseline_pp=FeatureTransfer,
+    r2d2=R2D2,
+)
+CALLED = dict(hyper_width='width', alpha='scale')  # what a class calls an option
+
+
+@pytest.mark.parametrize('method', OWN)
+def test_a_method_has_the_defaults_of_its_class(method, tasks):
+    "Nothing said, nothing changed: what a learner is made with is its class's own."
+    signature = inspect.signature(OWN[method]).parameters
+    checked = 0
+    for option, value in LEARNERS.options(method).items():
+        name = CALLED.get(option, option)
+        if 'hypermaml' in method and option == 'inner_steps':
+            name = 'warm_steps'
+        if name in signature and name != 'switch':
+            assert value == signature[name].default, option
+            checked += 1
+    assert checked
+    learner = make_learner(method, tasks.train, filters=4)
+    if 'switch' in signature:
+        assert learner.switch == signature['switch'].default
+    for name in ('inner_lr', 'tune_steps', 'lam', 'scale'):
+        if name in signature and hasattr(learner, name):
+            assert getattr(learner, name) == signature[name].default
+    if 'hypermaml' not in method and 'inner_steps' in signature:
+        assert learner.inner_steps == signature['inner_steps'].default
+
+
+def test_methods_that_were_given_anothers_defaults(tasks):
+    def of(method):
+        learner = make_learner(method, tasks.train, filters=4)
+        return learner.inner_lr, learner.inner_steps
+
+    assert of('maml') == (0.4, 1)
+    assert of('mamlpp') == of('hidra_mamlpp') == (0.1, 5)
+    assert of('unicorn_maml') == (0.1, 15)
+    assert of('reptile') == (0.1, 5)
+    assert of('sign_maml') == (0.0035, 5)
+    sign = make_learner('sign_maml', tasks.train, filters=4)
+    assert sign.test_steps == 10 and sign.adapts is everything
+
+
+def test_the_authors_options_by_name(tasks):
+    def make(method, **options):
+        return make_learner(method, tasks.train, filters=8, **options)
+
+    assert type(make('baseline_pp', weight_norm=True)) is WeightNormBaselinePP
+    assert type(make('relation_net', maps=True, backbone='conv4_maps')) is MapRelationNet
+    ridge_fixed = make('r2d2', **named_values(['lam=50', 'alpha=1e-4', 'learn_lam=False']))
+    assert ridge_fixed.lam == 50 and ridge_fixed.theta['ridge.scale'].item() == pytest.approx(1e-4)
+    assert 'ridge.log_lam' not in ridge_fixed.theta
+    unicorn = make('unicorn_maml', order=1, temperature=0.5, remember=True)
+    assert (unicorn.order, unicorn.temperature) == (1, 0.5) and unicorn.buffers
+    for learner in (make('baseline_pp'), make('relation_net')):
+        assert type(learner) in (BaselinePP, RelationNet)
 
 
 # --- plugins

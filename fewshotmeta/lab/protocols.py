@@ -160,9 +160,13 @@ def samplers(
 import_rooms('fewshotmeta.learners')  # each room registers its methods
 
 
-def known_options() -> dict:  # option to default
-    "Give every option of every registered method."
-    return {k: v for name in LEARNERS for k, v in LEARNERS.options(name).items()}
+def known_options() -> dict:  # option to the methods that take it
+    "Give every option of every registered method. What an option's default is, the methods say."
+    found = {}
+    for name in LEARNERS:
+        for option in LEARNERS.options(name):
+            found.setdefault(option, []).append(name)
+    return found
 
 # %% ../../nbs/lab/16_protocols.ipynb #93b2c509
 def make_learner(
@@ -174,7 +178,7 @@ def make_learner(
     down: str = '',  # how the network halves its images: max_pool, stride; empty: the protocol's
     seed: int = 0,  # of the fresh parameters
     backbone: str = 'conv4',  # a key of `BACKBONES`
-    **options,  # of the method: any of `known_options()`
+    **options,  # any of `known_options()`; what is left out is the method's own default
 ):
     "Make a fresh learner. Raises `ValueError` for an unknown name, and what the method refuses."
     for option in options:

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..data.checks import default_of
 from ..engine.layers import class_means
 from .switches import Switch
 from .maml import LEARNERS
@@ -65,13 +66,13 @@ def _anyway_hypermaml(
     backbone,
     setting,
     *,
-    inner_lr=0.1,
-    inner_steps=1,
-    n_max=10,
-    hyper_width=512,
-    enhance=True,
-    switch='update_mix',
-    switch_epochs=(50, 500, 2048),
+    inner_lr=default_of(HyperMAML, 'inner_lr'),
+    inner_steps=default_of(HyperMAML, 'warm_steps'),
+    n_max=default_of(anyway_hypermaml, 'n_max'),
+    hyper_width=default_of(HyperMAML, 'width'),
+    enhance=default_of(HyperMAML, 'enhance'),
+    switch=Switch.mode,
+    switch_epochs=(Switch.warm, Switch.over, Switch.epochs),
 ):
     "HyperMAML for any number of ways."
     options = dict(width=hyper_width, enhance=enhance, warm_steps=inner_steps)

@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..data.checks import check_size, pick
+from ..data.checks import check_size, default_of, pick
 from .heads import HEAD, init_head
 from .maml import LEARNERS, MAML, all_but_norm
 from .mamlpp import mamlpp
@@ -125,9 +125,15 @@ def hidra(
     return method(backbone, None, head=Master(n_max, master_update), **options)
 
 # %% ../../nbs/learners/12_hidra.ipynb #6d2f1b42
+_LR = default_of(MAML, 'inner_lr')
+_STEPS = default_of(MAML, 'inner_steps')
+_MAX = default_of(hidra, 'n_max')
+_UPDATE = default_of(hidra, 'master_update')
+
+
 @LEARNERS.register('hidra')
 def _hidra(
-    backbone, setting, *, inner_lr=0.1, inner_steps=1, n_max=10, master_update='row_mean_adam'
+    backbone, setting, *, inner_lr=_LR, inner_steps=_STEPS, n_max=_MAX, master_update=_UPDATE
 ):
     "HIDRA on MAML."
     options = dict(inner_lr=inner_lr, inner_steps=inner_steps, adapts=setting.adapts)
@@ -139,11 +145,11 @@ def _hidra_mamlpp(
     backbone,
     setting,
     *,
-    inner_lr=0.1,
-    inner_steps=1,
-    n_max=10,
-    master_update='row_mean_adam',
-    ingredients=('msl', 'da', 'bnwb', 'lslr'),
+    inner_lr=default_of(mamlpp, 'inner_lr'),
+    inner_steps=default_of(mamlpp, 'inner_steps'),
+    n_max=_MAX,
+    master_update=_UPDATE,
+    ingredients=default_of(mamlpp, 'ingredients'),
 ):
     "HIDRA on MAML++."
     options = dict(inner_lr=inner_lr, inner_steps=inner_steps, ingredients=ingredients)
@@ -153,7 +159,7 @@ def _hidra_mamlpp(
 
 @LEARNERS.register('hidra_random_init')
 def _hidra_random_init(
-    backbone, setting, *, inner_lr=0.1, inner_steps=1, n_max=10, master_update='row_mean_adam'
+    backbone, setting, *, inner_lr=_LR, inner_steps=_STEPS, n_max=_MAX, master_update=_UPDATE
 ):
     "HIDRA's head on a random start, adapted without meta-training."
     options = dict(inner_lr=inner_lr, inner_steps=inner_steps, adapts=setting.adapts)

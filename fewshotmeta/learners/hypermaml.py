@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..data.checks import check_size, pick
+from ..data.checks import check_size, default_of, pick
 from ..engine.layers import class_means, task_linear
 from .heads import HEAD
 from .switches import Held, Switch, add_change
@@ -356,13 +356,13 @@ def _hypermaml(
     backbone,
     setting,
     *,
-    inner_lr=0.1,
-    inner_steps=1,
-    hyper_width=512,
-    enhance=True,
-    labels='scalar',
-    switch='update_mix',
-    switch_epochs=(50, 500, 2048),
+    inner_lr=default_of(HyperMAML, 'inner_lr'),
+    inner_steps=default_of(HyperMAML, 'warm_steps'),
+    hyper_width=default_of(HyperMAML, 'width'),
+    enhance=default_of(HyperMAML, 'enhance'),
+    labels=default_of(HyperMAML, 'labels'),
+    switch=Switch.mode,
+    switch_epochs=(Switch.warm, Switch.over, Switch.epochs),
 ):
     "HyperMAML; the inner steps are those of its warm-up."
     options = dict(width=hyper_width, enhance=enhance, labels=labels, warm_steps=inner_steps)

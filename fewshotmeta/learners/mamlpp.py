@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..data.checks import check_size, pick
+from ..data.checks import check_size, default_of, pick
 from .maml import LEARNERS, MAML, all_but_norm
 
 # %% ../../nbs/learners/11_mamlpp.ipynb #94919c5f
@@ -190,7 +190,12 @@ def meta_sgd(
 # %% ../../nbs/learners/11_mamlpp.ipynb #5c1f0a31
 @LEARNERS.register('mamlpp')
 def _mamlpp(
-    backbone, setting, *, inner_lr=0.1, inner_steps=1, ingredients=('msl', 'da', 'bnwb', 'lslr')
+    backbone,
+    setting,
+    *,
+    inner_lr=default_of(mamlpp, 'inner_lr'),
+    inner_steps=default_of(mamlpp, 'inner_steps'),
+    ingredients=default_of(mamlpp, 'ingredients'),
 ):
     "MAML++; the outer loop learns the norms' rows, so the inner loop leaves them alone."
     options = dict(inner_lr=inner_lr, inner_steps=inner_steps, ingredients=ingredients)
@@ -198,7 +203,13 @@ def _mamlpp(
 
 
 @LEARNERS.register('meta_sgd')
-def _meta_sgd(backbone, setting, *, inner_lr=0.1, inner_steps=1):
+def _meta_sgd(
+    backbone,
+    setting,
+    *,
+    inner_lr=default_of(meta_sgd, 'inner_lr'),
+    inner_steps=default_of(meta_sgd, 'inner_steps'),
+):
     "Meta-SGD."
     options = dict(inner_lr=inner_lr, inner_steps=inner_steps, adapts=setting.adapts)
     return meta_sgd(backbone, setting.n_way, **options, **setting.fresh)

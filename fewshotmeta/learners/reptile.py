@@ -8,11 +8,22 @@ __all__ = ['Reptile']
 # %% ../../nbs/learners/14_reptile.ipynb #9792ab8b
 import torch
 
+from ..data.checks import default_of
 from .maml import LEARNERS, MAML, MetaLoss, task_losses
 
 # %% ../../nbs/learners/14_reptile.ipynb #78f2084e
 class Reptile(MAML):
     "Reptile (Nichol et al. 2018; HIDRA, eq. 2.3): move the start towards where descent ends."
+
+    def __init__(
+        self,
+        backbone,  # a `Conv4`, or any backbone
+        n_way: int | None,  # classes of a task; none: `head` says
+        inner_lr: float = 0.1,  # step size α of the inner loop
+        inner_steps: int = 5,  # inner steps T; with one, Reptile is joint training
+        **maml,  # `MAML`'s other arguments
+    ):
+        super().__init__(backbone, n_way, inner_lr, inner_steps, **maml)
 
     def moment(self, progress: float) -> tuple[tuple, list[float]]:
         "Nothing of it depends on the progress."
@@ -29,7 +40,7 @@ class Reptile(MAML):
         xs = torch.cat([episodes.xs, episodes.xq], 1)
         ys = torch.cat([episodes.ys, episodes.yq], 1)
         seen = [] if self.buffers else None
-        for fast in self.trajectory(xs, ys, seen=seen):
+        for fast in self.trajectory(xs, ys, self.inner_steps, seen=seen):
             pass
         with torch.no_grad():
             logits, _ = self.logits(fast, episodes.xq, max(fast.steps - 1, 0))
@@ -41,7 +52,13 @@ class Reptile(MAML):
 
 # %% ../../nbs/learners/14_reptile.ipynb #8f4b3d64
 @LEARNERS.register('reptile')
-def _reptile(backbone, setting, *, inner_lr=0.1, inner_steps=1):
+def _reptile(
+    backbone,
+    setting,
+    *,
+    inner_lr=default_of(Reptile, 'inner_lr'),
+    inner_steps=default_of(Reptile, 'inner_steps'),
+):
     "Reptile."
     options = dict(inner_lr=inner_lr, inner_steps=inner_steps, adapts=setting.adapts)
     return Reptile(backbone, setting.n_way, **options, **setting.fresh)
