@@ -1,5 +1,6 @@
 """Ours beside the published numbers: which runs count, what seeds give, what is said of no run."""
 
+import re
 import statistics
 from dataclasses import replace
 
@@ -159,34 +160,49 @@ def cells_of(table):
 def test_the_same_as_a_table(three_rows):
     siamese = dict(row='Siamese Nets', column='20-way 1-shot', published='88.2', ours=NOT_BUILT)
     table, _, under = beside_table(three_rows + [siamese]).partition('\n\n')
-    assert len(table.splitlines()) == 5
-    assert {line.count('|') for line in table.splitlines()} == {11}
-    shown = cells_of(table)[2:]
-    assert [(r[1], r[2][-3:], r[3]) for r in shown] == [
-        ('20-way 1-shot', '(a)', NO_DATA),
-        ('20-way 1-shot', '(b)', '91.23 ± 0.46'),
-        ('20-way 5-shot', '(b)', NO_RUN),
-    ]
+    (shown,) = cells_of(table)[2:]
     link = '[seed0](../../runs/table/maml_short_seed0/notebook.ipynb)'
-    assert shown[1][4:] == ['95 %', 'short', '1', '600', '', link]
-    published = 'Published ±: (a) as quoted; (b) standard deviation over 3 seeds.'
-    ours = 'Ours ±: 95 % is the interval of the mean over the test tasks.'
-    assert under.startswith(f'{published} {ours}\n\n<details>')
-    assert '- Siamese Nets: 20-way 1-shot 88.2' in under
+    assert shown[1:2] + shown[3:] == [
+        *('20-way 1-shot', '91.23 ± 0.46'),
+        *('95 %', 'short', '1', '600', '', link),
+    ]
+    assert under.startswith(
+        'Published ±: standard deviation over 3 seeds. '
+        'Ours ±: 95 % is the interval of the mean over the test tasks.\n\n<details>'
+    )
+    folded = re.findall(r'<summary>Also in this table, (.+)</summary>\n\n- (.+?): ', under)
+    names = [r['row'] for why in (NO_RUN, NO_DATA) for r in three_rows if r['ours'] == why]
+    reasons = [f'{why}: 1 cell' for why in (NO_RUN, NO_DATA, NOT_BUILT)]
+    assert folded == list(zip(reasons, [*names, 'Siamese Nets']))
 
 
-def test_columns_without_data_come_last_and_one_meaning_has_no_letter():
+def test_an_untrained_network_stands_beside(runs):
+    there = runs(result('maml_short_seed0'), result('start_short_seed0', mean=0.3))
+    found = find_runs(there, 'table')
+    cell = 'MAML++', '20-way 1-shot'
+    cells = {cell: found['maml'], ('MAML + MSL', cell[1]): found['maml']}
+    rows = beside('MPP-T1', cells, untrained={cell: found['start'], ('MAML', '-'): None})
+    head, _, *lines = cells_of(beside_table(rows))
+    at = head.index('untrained')
+    assert head[at - 1] == 'ours'
+    shown = {line[0]: line[at] for line in lines if len(line) == len(head)}
+    assert shown['MAML + MSL'] == ''
+    assert re.fullmatch(
+        r'\[30\.00 ± 1\.00\]\(.*start_short_seed0/notebook\.ipynb\)', shown['MAML++']
+    )
+
+
+def test_the_cells_of_a_column_stand_together():
     names = ('row', 'column', 'published', 'published ±', 'ours')
     values = (
-        ('A', 'CUB', '1', 'x', NO_DATA),
-        ('A', 'mini', '2', 'x', NO_RUN),
-        ('B', 'CUB', '3', 'x', NO_DATA),
-        ('B', 'mini', '4', 'x', NO_DATA),
+        ('A', 'CUB', '1', 'x', '70.00'),
+        ('A', 'mini', '2', 'y', '80.00'),
+        ('B', 'CUB', '3', 'x', '90.00'),
     )
     rows = [dict(zip(names, v)) for v in values]
     table, _, under = beside_table(rows).partition('\n\n')
-    assert [line[2] for line in cells_of(table)[2:]] == ['2', '4', '1', '3']
-    assert under == 'Published ±: x.'
+    assert [line[2] for line in cells_of(table)[2:]] == ['1 (a)', '3 (a)', '2 (b)']
+    assert under == 'Published ±: (a) x; (b) y.'
 
 
 def test_units_and_other_metrics(runs):
@@ -251,29 +267,28 @@ def test_a_wide_table(runs):
         ('hidra 5', '2'): None,
         ('maml', '3'): NO_DATA,
     }
-    head, _, two, five, maml = cells_of(wide_table(beside('HID-T1', cells)))
+    table, *folded = wide_table(beside('HID-T1', cells)).split('\n\n<details>')
+    head, _, two = cells_of(table)
     assert head == ['', 'run', '2', '3', 'scale', 'seeds', 'tasks', 'queries', '±']
     assert two[2:7] == ['82.95 → 80.00 ± 1.00', '72.93 → –', 'short', '1', '600']
     assert two[1].startswith('[hidra](')
     assert 'notebook.ipynb' in two[1]
-    assert five[1:4] == [NO_RUN, '77.48 → –', '']
-    assert maml[1:4] == [NO_DATA, '', '70.06 → –']
+    assert [text.split('\n\n')[1] for text in folded] == ['- hidra 5: 2 77.48', '- maml: 3 70.06']
+    assert [why in text for why, text in zip((NO_RUN, NO_DATA), folded)] == [True, True]
 
 
 def test_what_has_been_run_of_a_batch_file(tmp_path):
     file = ROOT / 'nbs' / 'experiments' / 'mamlpp_t4.yaml'
-    one = 'maml_1shot, mamlpp_1shot, meta_sgd_1shot'
-    five = 'maml_5shot, mamlpp_5shot, meta_sgd_5shot'
 
     def line():
         return cells_of(coverage([file], tmp_path))[2]
 
-    assert line() == ['mamlpp_t4.yaml', '0 of 6', f'{one}, {five}', '–']
+    assert line() == ['mamlpp_t4.yaml', '0 of 6', '0 of 6', '0 of 6', '0 of 18']
     for p in read_batch(file, 'short', 'm*_1shot*', tmp_path):
         write_json(p.folder / 'result.json', {})
-    assert line()[1:3] == ['3 of 6', five]
-    rows = cells_of(coverage([file.with_name('mamlpp_t2.yaml')], tmp_path))[2:]
-    assert [row[3] for row in rows] == ['16']
+    assert line()[1:3] == ['3 of 6', '0 of 6']
+    timing = cells_of(coverage([file.with_name('mamlpp_t3.yaml')], tmp_path))[2]
+    assert timing[2:4] == ['–', '–']
 
 
 @pytest.mark.parametrize(

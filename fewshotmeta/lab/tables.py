@@ -98,14 +98,14 @@ def wide_table(
     lines = {}
     for r in rows:
         lines.setdefault(r['row'], {})[r['column']] = r
-    run = {name: here for name, here in lines.items() if any('scale' in r for r in here.values())}
+    with_run = {k: v for k, v in lines.items() if any('scale' in r for r in v.values())}
     body = []
-    for name, here in run.items():
+    for name, here in with_run.items():
         run, *origin = _origin(here.values())
         pairs = [_pair(here.get(column)) for column in columns]
         body.append([name, run, *pairs, *origin])
     head = ['', 'run', *columns, 'scale', 'seeds', 'tasks', 'queries', '±']
-    rest = [r for r in rows if r['row'] not in run]
+    rest = [r for r in rows if r['row'] not in with_run]
     table = markdown_table(head, body) if body else ''
     return '\n\n'.join(filter(None, [table, *(_folded(rest, why) for why in _WITHOUT)]))
 
