@@ -1279,6 +1279,7 @@ def test_an_argument_table_says_what_the_comments_say():
 
 def test_a_class_lists_what_later_cells_give_it(monkeypatch):
     import processing
+    from fastcore.basics import patch
     from nbdev.showdoc import show_doc
 
     class InCell:
@@ -1304,6 +1305,13 @@ def test_a_class_lists_what_later_cells_give_it(monkeypatch):
     assert '{py:method} own()' in text and '{py:method} told' not in text
     assert 'Told below: [told](#incell.told), [size](#incell.size).' in text
     assert 'Told below' not in processing.members(Whole)
+
+    @patch
+    def patched(self: InCell):
+        "Do a third."
+
+    text = processing.members(InCell)
+    assert '{py:method} patched' not in text, 'described twice: here, and where it is patched'
     written = show_doc(Whole.size, renderer=processing.Documented, name='Whole.size')
     assert written._repr_markdown_().startswith('::::::{py:property} Whole.size\n')
     assert 'How large it is.' in written._repr_markdown_()

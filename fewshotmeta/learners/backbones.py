@@ -342,7 +342,7 @@ class Conv4Maps(Conv4):
                 "not averaged; leave both out, or use the backbone 'conv4'"
             )
 
-
+# %% ../../nbs/learners/02_backbones.ipynb #c04a7d1f
 @patch(as_prop=True)
 def map_shape(self: Conv4Maps) -> tuple[int, int, int]:
     "Channels, height and width of an image's features."

@@ -182,9 +182,16 @@ def described(cls) -> dict:
     return out
 
 
+def is_patched(value) -> bool:
+    "Whether `@patch` gave a class this member, which then has a description of its own."
+    f = inspect.unwrap(function_of(value))
+    return f.__qualname__ != f.__code__.co_qualname
+
+
 def members(cls) -> str:
-    "Write what a class's own cell defines, and list what later cells give it by `@patch`."
-    own, out = described(cls), []
+    "Write what a class's body defines, and list what `@patch` gives it below."
+    own = {name: value for name, value in described(cls).items() if not is_patched(value)}
+    out = []
     for name, value in own.items():
         kind = 'property' if isinstance(value, property) else 'method'
         f = function_of(value)
