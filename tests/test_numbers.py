@@ -3,7 +3,7 @@
 Report = result JSON = injected parameters = batch file, and published = data file.
 """
 
-import ast, json, re, statistics, subprocess
+import ast, csv, json, re, statistics, subprocess
 import pytest
 from conftest import ROOT
 from fewshotmeta.lab.batches import SCALES, read_batch
@@ -158,6 +158,35 @@ def check_any(text, runs):
     return len(pairs) if runs else 0
 
 
+def by_task(notebook):
+    "The accuracy of each test task of a run, after the last step, in %."
+    with notebook.with_name('tasks.csv').open() as f:
+        rows = [row for row in csv.DictReader(f) if row['metric'] == 'test_accuracy']
+    last = [name for name in rows[0] if name.startswith('step_') and rows[0][name]][-1]
+    return [100 * float(row[last]) for row in rows]
+
+
+def check_verdict(cells, runs):
+    "A claim: the paired difference, computed anew from the tasks, and whether it decides."
+    if cells['ours, points'] == '–':
+        assert cells['verdict'] == '**not tested**' and not runs, cells
+        return 0
+    half = len(runs) // 2
+    assert half == int(cells['seeds']), cells
+    means, widths = [], []
+    for better, worse in zip(map(by_task, runs[:half]), map(by_task, runs[half:])):
+        apart = [a - b for a, b in zip(better, worse, strict=True)]
+        means.append(statistics.fmean(apart))
+        widths.append(1.96 * statistics.stdev(apart) / len(apart) ** 0.5)
+    mean, width = statistics.fmean(means), statistics.fmean(widths)
+    assert cells['ours, points'] == f'{mean:+.2f} ± {width:.2f}', (cells, mean, width)
+    if cells['verdict'] == '**reproduced**':
+        assert mean > width, cells
+    if cells['verdict'] == '**not reproduced**':
+        assert mean < -width, cells
+    return 1
+
+
 def check_row(row):
     "How many numbers of ours a row of a report has; each was checked."
     text, cells = ' | '.join(cell for _, cell in row), dict(row)
@@ -165,6 +194,8 @@ def check_row(row):
     for notebook in runs:
         assert notebook.is_file(), notebook
         assert notebook.with_name('result.json').is_file(), notebook
+    if {'claim', 'verdict', 'runs'} <= set(cells):
+        return check_verdict(cells, runs)
     if {'row', 'column', 'published', 'ours'} <= set(cells):
         return check_beside(cells, linked(cells['run'])) + check_untrained(cells)
     if {'±', 'queries', 'run'} <= set(cells):
@@ -417,6 +448,19 @@ def test_runs_stay_small():
         learner = path.name == 'learner.safetensors'
         assert path.suffix != '.safetensors' or learner, path
         assert path.stat().st_size <= (2_000_000 if learner else 1_000_000), path
+
+
+def test_the_runs_stay_under_60_megabytes():
+    assert sum(path.stat().st_size for path in TRACKED) < 60e6
+
+
+def test_the_guide_to_the_runs_names_each_folder():
+    "The folders of the table, in `runs/README.md`, are those that are there; each has its batch file."
+    rows = re.findall(r'^\| `(\w+)` \| (.*?) \|', (ROOT / 'runs' / 'README.md').read_text(), re.M)
+    named = [name for name, _ in rows]
+    assert sorted(named) == sorted({path.relative_to(ROOT).parts[1] for path in TRACKED} - {'README.md'})
+    for name, what in rows:
+        assert (ROOT / 'nbs' / 'experiments' / f'{name}.yaml').is_file() or 'no runs' in what, name
 
 
 def test_each_fault_that_no_test_finds_has_its_reason():

@@ -36,8 +36,8 @@ def task_accuracies(
     folder = Path(folder)
     measured = read_result(folder)['metrics']
     if metric not in measured:
-        near = did_you_mean(metric, measured)
-        raise ValueError(f'{folder} has no metric {metric!r}{near}. There are: {_listed(measured)}')
+        near = did_you_mean(metric, measured) or '.'
+        raise ValueError(f'{folder} has no metric {metric!r}{near} There are: {_listed(measured)}')
     with_tasks = [name for name, m in measured.items() if 'tasks' in m]
     if not with_tasks or not (folder / 'tasks.csv').is_file():
         way = 'it was made without the accuracy of each task: run it again with --force'

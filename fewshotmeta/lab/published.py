@@ -91,8 +91,8 @@ def _narrowed(found, field, value):
     known = list(dict.fromkeys(str(getattr(p, field)) for p in found))
     if str(value) not in known:
         there = ', '.join(known[:20]) + (' …' if len(known) > 20 else '')
-        near = did_you_mean(str(value), known)
-        raise ValueError(f'{field}={value!r} was not published{near}. There are: {there}')
+        near = did_you_mean(str(value), known) or '.'
+        raise ValueError(f'{field}={value!r} was not published{near} There are: {there}')
     return [p for p in found if str(getattr(p, field)) == str(value)]
 
 # %% ../../nbs/lab/05_published.ipynb #4036ebc7

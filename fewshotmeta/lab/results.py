@@ -48,9 +48,9 @@ def nothing_matches(
         return f'no result in {runs} yet: `fewshotmeta run NOTEBOOK` makes one'
     experiments = [name.split('/')[0] for name in sorted(names)]
     patterns = {f'{e}/*': experiments.count(e) for e in experiments}
-    near = did_you_mean(name, [*patterns, *names])
+    near = did_you_mean(name, [*patterns, *names]) or '.'
     there = ', '.join(f'{pattern} ({count})' for pattern, count in patterns.items())
-    return f'no result in {runs} matches {name!r}{near}. There are: {there}'
+    return f'no result in {runs} matches {name!r}{near} There are: {there}'
 
 # %% ../../nbs/lab/12_results.ipynb #013f9597
 def recipe_name(
@@ -125,8 +125,8 @@ def group_results(
     known = [name for name in table if name not in (*_NUMBERS, *_ORIGIN)]
     for name in by:
         if name not in known:
-            near = did_you_mean(name, known)
-            raise ValueError(f'no parameter {name!r}{near}. There are: {", ".join(known)}')
+            near = did_you_mean(name, known) or '.'
+            raise ValueError(f'no parameter {name!r}{near} There are: {", ".join(known)}')
     keys = list(dict.fromkeys([*by, 'scale', 'metric']))
     groups = table.groupby(keys, dropna=False)
     for values, rows in groups:

@@ -10,10 +10,12 @@ __all__ = ['NOT_TESTED', 'INCONCLUSIVE', 'REPRODUCED', 'NOT_REPRODUCED', 'LENGTH
 import math
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
 from .batches import SCALES
 from .compare import Difference, compare
 from .published import markdown_table
+from .reports import links
 
 # %% ../../nbs/lab/21_verdicts.ipynb #c7e10008
 NOT_TESTED, INCONCLUSIVE = 'not tested', 'inconclusive'
@@ -67,6 +69,7 @@ class Judged:
     verdict: str
     difference: Difference | None = None  # of ours; none: not measured
     why: str = ''  # there is no difference
+    folders: tuple = ()  # of the runs that were compared, those of the better method first
 
 
 def judged(
@@ -83,20 +86,26 @@ def _judged(claim, runs):
         (difference,) = compare([claim.worse, claim.better], runs=runs).differences
     except ValueError as e:
         return Judged(claim, NOT_TESTED, why=str(e))
-    return Judged(claim, verdict(difference, claim.spread), difference)
+    names = claim.better, claim.worse
+    files = [file for name in names for file in sorted(Path(runs).glob(f'{name}/result.json'))]
+    folders = tuple(file.parent for file in files)
+    return Judged(claim, verdict(difference, claim.spread), difference, folders=folders)
 
 # %% ../../nbs/lab/21_verdicts.ipynb #c7e1000d
 def verdict_table(
     found: list,  # of `judged`
+    start='.',  # the folder that links are relative to
 ) -> str:  # Markdown
-    "Show claims, what the papers printed, ours, and the verdicts."
-    rows = []
-    for one in found:
-        ours, scale, seeds, difference = '–', '–', '–', one.difference
-        if difference is not None:
-            ours = f'{difference.points:+.2f} ± {_over_tasks(difference):.2f}'
-            scale, seeds = difference.scale, len(difference.pairs)
-        shown = [one.claim.what, one.claim.published, ours, scale, seeds, f'**{one.verdict}**']
-        rows.append(shown)
-    head = ['claim', 'published, points', 'ours, points', 'scale', 'seeds', 'verdict']
-    return markdown_table(head, rows)
+    "Show claims, what the papers printed, ours, the verdicts, and the runs that they rest on."
+    head = ['claim', 'published, points', 'ours, points', 'scale', 'seeds', 'verdict', 'runs']
+    return markdown_table(head, [_row(one, start) for one in found])
+
+
+def _row(one, start):
+    "A claim's row."
+    ours, scale, seeds, difference = '–', '–', '–', one.difference
+    if difference is not None:
+        ours = f'{difference.points:+.2f} ± {_over_tasks(difference):.2f}'
+        scale, seeds = difference.scale, len(difference.pairs)
+    runs = links(one.folders, start)
+    return [one.claim.what, one.claim.published, ours, scale, seeds, f'**{one.verdict}**', runs]
