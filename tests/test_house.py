@@ -158,14 +158,14 @@ def test_a_notebook_begins_with_what_colab_needs(path):
     assert 'nbdev' in project()['optional-dependencies']
 
 
-def test_the_readme_lists_every_notebook():
-    text = (ROOT / 'README.md').read_text()
-    names = [p.relative_to(ROOT).as_posix() for p in NOTEBOOKS if p.stem != 'index']
+def test_the_contents_list_every_notebook():
+    nbs = ROOT / 'nbs'
+    outputs = [o for cell in codes_of(nbs / 'contents.ipynb') for o in cell['outputs']]
+    text = ''.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in outputs)
     rows = set(re.findall(r'^\| \[[^]]+\]\(([^)]+)\) \| ', text, re.M))
-    lacking = [n for n in names if n not in rows]
-    assert not lacking, (
-        f'give them a row in the table of nbs/index.ipynb, then make readme: {lacking}'
-    )
+    names = {p.relative_to(nbs).as_posix() for p in NOTEBOOKS} - {'index.ipynb', 'contents.ipynb'}
+    assert rows == names, f'run nbs/contents.ipynb again: {sorted(rows ^ names)}'
+    assert '(nbs/contents.ipynb)' in (ROOT / 'README.md').read_text()
 
 
 def test_a_parameter_of_an_experiment_is_no_name_of_ours():
