@@ -28,7 +28,7 @@ def _omniglot_classes(protocol, split):
 
 
 def _has_omniglot(root):
-    "Whether there are alphabets of both halves."
+    "Whether alphabets of both halves exist."
     parts = [place_of('omniglot', root) / f'images_{half}' for half in ('background', 'evaluation')]
     return all(part.is_dir() and class_folders(part) for part in parts)
 
@@ -51,7 +51,7 @@ def _omniglot_folders(base):
 
 # %% ../../nbs/data/06_omniglot.ipynb #8b3a1535
 def _count_omniglot(root):
-    "Count Omniglot's characters and drawings."
+    "Count the characters and drawings of Omniglot."
     parts = splits('omniglot')['lake2015']
     wanted = [c for part in parts for c in _omniglot_classes('lake2015', part)]
     folders = _omniglot_folders(place_of('omniglot', root))
@@ -89,13 +89,13 @@ def omniglot(
     split: str = 'train',  # a split of the protocol
     protocol: str = 'antoniou2018',  # or finn2017, drumond2020, closerlook, lake2015
     size: int = 28,  # height and width, pixels
-    resize: str = 'nearest',  # filter; 'nearest' keeps drawings binary, as all references but HIDRA
+    resize: str = 'nearest',  # filter; 'nearest' keeps drawings binary, as in all references but HIDRA
     margin: float = 1.0,  # 1.15: resize larger and cut out the centre (CloserLook)
     invert: bool = False,  # light ink on dark paper (Finn)
     channels: int = 1,  # 3 repeats the grey channel (HyperMAML)
-    rotate: bool | None = None,  # add rotated classes to the families; none: as the protocol does
-    root=None,  # data root; `omniglot-py` in it, torchvision's layout
-    download: bool = True,  # through torchvision, where it is missing
+    rotate: bool | None = None,  # add rotated classes to the families; none: as in the protocol
+    root=None,  # data root with `omniglot-py`, torchvision's layout
+    download: bool = True,  # download through torchvision if missing
 ) -> ImageBank:
     "Load Omniglot. Raises `DataMissing`, `BadImage`, `ValueError`."
     check_pixels(size, channels, resize, margin)
@@ -117,7 +117,7 @@ def omniglot(
 
 # %% ../../nbs/data/06_omniglot.ipynb #51b10f52
 def _omniglot_bank(base, folders, size, reading):
-    "Take all 1,623 characters from the cache, or read them."
+    "Load all 1,623 characters from the cache, or read them."
     source = fingerprint(base, folders.values(), inside=False)
     made_from = dict(set='omniglot', root=str(base.resolve()), size=size, source=source, **reading)
 
