@@ -89,7 +89,7 @@ def omniglot(
     split: str = 'train',  # a split of the protocol
     protocol: str = 'antoniou2018',  # or finn2017, drumond2020, closerlook, lake2015
     size: int = 28,  # height and width, pixels
-    resize: str = 'nearest',  # filter; 'nearest' keeps drawings binary, as in all references but HIDRA
+    resize: str = 'nearest',  # filter; 'nearest' keeps drawings binary, as all but HIDRA do
     margin: float = 1.0,  # 1.15: resize larger and cut out the centre (CloserLook)
     invert: bool = False,  # light ink on dark paper (Finn)
     channels: int = 1,  # 3 repeats the grey channel (HyperMAML)
