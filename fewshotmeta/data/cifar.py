@@ -26,7 +26,7 @@ _PARTS = 'train', 'val', 'test'
 
 
 def _classes(name, split):
-    "List the classes of a split; FC100 lists them by their superclass."
+    "List the classes of a split; the list of FC100 is by superclass."
     found = splits(name)[split]
     if isinstance(found, dict):
         return sorted(c for group in found.values() for c in group)
@@ -34,12 +34,12 @@ def _classes(name, split):
 
 
 def _every_class():
-    "List the 100 classes; CIFAR-100 numbers them in this order."
+    "List the 100 classes in the order in which CIFAR-100 numbers them."
     return sorted(c for split in _PARTS for c in _classes('cifar_fs', split))
 
 
 def _layout(name, root, split):
-    "Find what holds a split, and the function that reads it; none: nothing does."
+    "Find the files that hold a split and the function that reads them; none: nothing does."
     base, whole = place_of(name, root), root / 'cifar-100-python'
     for folder in (split, f'meta-{split}', f'processed/{split}'):
         if (base / folder).is_dir():
@@ -55,7 +55,7 @@ def _layout(name, root, split):
 
 # %% ../../nbs/data/11_cifar.ipynb #b0e01d4e
 def _named(where, name, split, labels):
-    "Map labels, which are names or numbers, to the names of a split's classes."
+    "Map labels, names or numbers, to the names of a split's classes."
     wanted = _classes(name, split)
     labels = [int(x) if str(x).isdecimal() else x for x in labels]
     every = _every_class()
@@ -73,7 +73,7 @@ def _named(where, name, split, labels):
 
 # %% ../../nbs/data/11_cifar.ipynb #f332f2aa
 def _files_of(name, split, paths):
-    "Map each class to its files, in either layout of class folders."
+    "Map each class to its files, in both layouts of class folders."
     *table, folder = paths
     found = class_folders(folder)
     if table:
@@ -92,7 +92,7 @@ def _of_folders(name, split, paths):
 
 # %% ../../nbs/data/11_cifar.ipynb #9c9f62fb
 def _arrays_of(file, kind, form):
-    "Read the pixels and labels of a pickle, checked."
+    "Read and check the pixels and labels of a pickle."
     content = read_pickle(file)
     if not isinstance(content, dict) or not {'data', kind} <= set(content):
         named = isinstance(content, dict)
@@ -119,7 +119,7 @@ def _of_pickle(name, split, paths):
 
 
 def _of_cifar100(name, split, paths):
-    "Read the classes of a split out of CIFAR-100's two files."
+    "Read the classes of a split from CIFAR-100's two files."
     parts = [_arrays_of(file, 'fine_labels', (3072,)) for file in paths]
     pixels, labels = (np.concatenate(each) for each in zip(*parts))
     meta = paths[0].with_name('meta')
@@ -139,13 +139,13 @@ def _of_cifar100(name, split, paths):
 
 # %% ../../nbs/data/11_cifar.ipynb #bce51dec
 def _sorted_by_pixels(pixels):
-    "Put the images of a class in an order that every layout shares."
+    "Sort the images of a class into an order that is the same in every layout."
     rows = [image.tobytes() for image in pixels]
     return pixels[sorted(range(len(rows)), key=rows.__getitem__)]
 
 
 def _load(name, split, root, download, reading):
-    "Load a split of either set in whichever layout it has."
+    "Load a split of either set in any layout."
     check_pixels(reading['size'], 3, reading['resize'], reading['margin'])
     pick('split', split, splits(name))
     root = data_root(root)
@@ -168,7 +168,7 @@ def _get_cifar100(root):
 
 
 def _bank(name, split, pixels, reading):
-    "Make the bank of each class's pixels."
+    "Make the bank from the pixels of each class."
     form = dict(reading)
     size, classes = form.pop('size'), sorted(pixels)
     images = [as_pixels(_sorted_by_pixels(pixels[c]), size, 3, **form) for c in classes]
@@ -183,7 +183,7 @@ def _count(name, root):
 
 
 def _count_split(name, root, split):
-    "Count one split; pickles are read for it."
+    "Count one split; this reads pickles."
     layout = _layout(name, root, split)
     if not layout:
         return 0, 0, ['is not there']
@@ -235,10 +235,10 @@ _GET = (
 def cifar_fs(
     split: str = 'train',  # train, val, test
     size: int = 32,  # height and width, pixels
-    resize: str = 'bilinear',  # filter, where size or margin ask for one
+    resize: str = 'bilinear',  # filter, used if size or margin require one
     margin: float = 1.0,  # 1.15: resize larger and cut out the centre
-    root=None,  # data root; `cifar-fs` or `cifar-100-python` in it
-    download: bool = True,  # CIFAR-100, where nothing is there
+    root=None,  # data root with `cifar-fs` or `cifar-100-python`
+    download: bool = True,  # download CIFAR-100 if nothing is found
 ) -> ImageBank:
     "Load CIFAR-FS, RGB. Raises `DataMissing`, `BadImage`, `ValueError`."
     return _load('cifar_fs', split, root, download, dict(size=size, resize=resize, margin=margin))
@@ -255,10 +255,10 @@ def cifar_fs(
 def fc100(
     split: str = 'train',  # train, val, test
     size: int = 32,  # height and width, pixels
-    resize: str = 'bilinear',  # filter, where size or margin ask for one
+    resize: str = 'bilinear',  # filter, used if size or margin require one
     margin: float = 1.0,  # 1.15: resize larger and cut out the centre
-    root=None,  # data root; `fc100` or `cifar-100-python` in it
-    download: bool = True,  # CIFAR-100, where nothing is there
+    root=None,  # data root with `fc100` or `cifar-100-python`
+    download: bool = True,  # download CIFAR-100 if nothing is found
 ) -> ImageBank:
     "Load FC100, RGB. Raises `DataMissing`, `BadImage`, `ValueError`."
     return _load('fc100', split, root, download, dict(size=size, resize=resize, margin=margin))

@@ -23,7 +23,7 @@ from .places import count_images, count_splits, data_missing, place_of
 
 # %% ../../nbs/data/10_tiered_imagenet.ipynb #01a34e2c
 def _layout(base, split):
-    "List the files or the folder that a split is read from; none: nothing holds it."
+    "List the files or the folder from which a split is read; none: nothing holds it."
     if (base / split).is_dir():
         return [base / split]
     labels = base / f'{split}_labels.pkl'
@@ -34,7 +34,7 @@ def _layout(base, split):
 
 
 def _check_classes(where, split, found):
-    "Refuse classes that are not the published split's."
+    "Refuse classes that are not those of the published split."
     wanted = splits('tiered_imagenet')[split]
     if odd := sorted(set(found) ^ set(wanted)):
         lacks = 'lacks' if odd[0] in wanted else 'has'
@@ -85,7 +85,7 @@ def _png_images(file, reading):
 
 
 def _npz_images(file, reading):
-    "Yield the pixels of each image of an npz file; its array is never held as a whole."
+    "Yield the pixels of each image of an npz file, without loading its whole array."
     try:
         with zipfile.ZipFile(file) as archive, archive.open('images.npy') as f:
             shape = _npy_shape(f, file)
@@ -100,7 +100,7 @@ def _npz_images(file, reading):
 
 
 def _npy_shape(f, file):
-    "Read the head of an array of images."
+    "Read the header of an array of images."
     version = np.lib.format.read_magic(f)
     first = version == (1, 0)
     read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
@@ -115,7 +115,7 @@ def _bank_of_arrays(split, paths, reading):
     file = paths[0]
     numbers, names = _labels_of(paths[1], split)
     size, order = reading['size'], np.argsort(names)
-    rank = np.argsort(order)[numbers]  # each image's class, by the order of the names
+    rank = np.argsort(order)[numbers]  # each image's class, in the order of the names
     place = np.argsort(np.argsort(rank, kind='stable'))
     images = torch.empty(len(numbers), 3, size, size, dtype=torch.uint8)
     read = _npz_images if file.suffix == '.npz' else _png_images
@@ -140,7 +140,7 @@ def _files_of(folder, split):
 
 
 def _bank(split, paths, reading):
-    "Read a split in whichever layout it has."
+    "Read a split in any layout."
     if len(paths) == 2:
         return _bank_of_arrays(split, paths, reading)
     files = _files_of(paths[0], split)
@@ -204,8 +204,8 @@ def tiered_imagenet(
     size: int = 84,  # height and width, pixels
     resize: str = 'bilinear',  # filter, for files of another size
     margin: float = 1.0,  # 1.15: resize larger and cut out the centre
-    squash: bool = True,  # squeeze what is not square, as the authors do; or cut the centre out
-    root=None,  # data root; `tiered-imagenet` in it
+    squash: bool = True,  # squeeze into a square, as the authors do; else crop the centre
+    root=None,  # data root with `tiered-imagenet`
 ) -> ImageBank:
     "Load tiered-ImageNet, RGB. Raises `DataMissing`, `BadImage`, `ValueError`."
     check_pixels(size, 3, resize, margin)
