@@ -16,7 +16,7 @@ from .places import count_images, data_missing, place_of
 
 # %% ../../nbs/data/12_cub.ipynb #869b7c3d
 def _count_cub(root):
-    "Count CUB's species and photographs."
+    "Count the species and photographs of CUB."
     base, wanted = place_of('cub', root), [c for names in splits('cub').values() for c in names]
     return count_images({c: images_in(base / c) for c in wanted if (base / c).is_dir()}, wanted)
 
@@ -28,12 +28,12 @@ _GET = (
 
 # %% ../../nbs/data/12_cub.ipynb #80c54026
 def _place_cub(files):
-    "Map CUB's photographs, and all that comes with them, to their places."
+    "Map CUB's photographs, and all files that come with them, to their places."
     species = {c for classes in splits('cub').values() for c in classes}
     photos, base = {}, '.'
     for name in files:
         path = PurePosixPath(name)
-        # the bird's outlines lie in folders of the same names, as .png
+        # the outlines of the birds are in folders of the same names, as .png
         if path.parent.name in species and path.suffix.lower() in ('.jpg', '.jpeg'):
             photos[name] = f'CUB_200_2011/images/{path.parent.name}/{path.name}'
             above = path.parent.parent
@@ -55,8 +55,8 @@ def cub(
     size: int = 84,  # height and width, pixels
     resize: str = 'bilinear',  # filter
     margin: float = 1.15,  # resize larger, cut out the centre (CloserLook's evaluation transform)
-    squash: bool = True,  # squeeze into a square, as CloserLook does; or cut the centre out
-    root=None,  # data root; `CUB_200_2011/images` in it
+    squash: bool = True,  # squeeze into a square, as CloserLook does; else crop the centre
+    root=None,  # data root with `CUB_200_2011/images`
 ) -> ImageBank:
     "Load CUB-200-2011, RGB. Raises `DataMissing`, `BadImage`, `ValueError`."
     check_pixels(size, 3, resize, margin)
