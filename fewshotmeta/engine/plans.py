@@ -34,7 +34,7 @@ class Plan:
     chunk: int | None = None  # tasks per call; none: all at once
     workers: int = 0  # threads, each taking one chunk with one arithmetic thread
     kernels: str = 'torch'  # norm, pool and activation: PyTorch's, or 'fused' in C (CPU)
-    conv: str = 'grouped'  # for many tasks: 'grouped'; 'im2col' (patches); 'winograd' (task by task)
+    conv: str = 'grouped'  # of many tasks: 'grouped'; 'im2col' (patches); 'winograd' (task by task)
     capture: str = ''  # replay a recorded meta-iteration: 'graph' (CUDA), 'inductor'; '': run it
     precision: str = 'float32'  # of the convolutions: 'float32'; on a GPU also 'tf32', 'bf16'
     recompute: bool = False  # keep only the parameters of inner steps, recompute the rest
