@@ -392,7 +392,7 @@ def test_bf16_is_near_float32_and_says_so(make, noise_bank, tmp_path):
 
 @pytest.mark.parametrize('precision', ['tf32', 'bf16'])
 def test_low_precision_is_a_gpus(precision):
-    with pytest.raises(ValueError, match=f"precision='{precision}' is a GPU's: choose float32"):
+    with pytest.raises(ValueError, match=f"precision='{precision}' needs a GPU: choose float32"):
         plan_for('cpu', precision=precision)
     assert plan_for('cuda', precision=precision).precision == precision
 

@@ -509,8 +509,8 @@ WRONG_PICKLES = [
     (dict(image_data=PIXELS / 255, class_dict={}), "an array of 'f8'"),
     (dict(image_data=PIXELS, class_dict={'n1': [0, 4]}), 'has 0 to 4: there are 4 images'),
     (dict(image_data=PIXELS, class_dict={'n1': [-1]}), 'has -1 to -1'),
-    (dict(image_data=PIXELS, class_dict={'n1': [0.5]}), "'n1'.* is no list of whole numbers"),
-    (dict(image_data=PIXELS, class_dict={'n1': 3}), 'is no list of whole numbers'),
+    (dict(image_data=PIXELS, class_dict={'n1': [0.5]}), "'n1'.* is not a list of whole numbers"),
+    (dict(image_data=PIXELS, class_dict={'n1': 3}), 'is not a list of whole numbers'),
 ]
 
 

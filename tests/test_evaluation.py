@@ -127,7 +127,7 @@ def test_bad_input(test):
         evaluate(small(), test, 0)
     with pytest.raises(ValueError, match='n_way=5'):
         evaluate(small(), test(n_way=6), 3)
-    with pytest.raises(ValueError, match='2 to 5 ways: accuracy is of one number of ways'):
+    with pytest.raises(ValueError, match='2 to 5 ways: accuracy is for one number of ways'):
         accuracies(hidra(conv4(size=16, filters=4), 5), WaysSampler(test, 2, 5), 3)
     with pytest.raises(ValueError, match='per-step parameters for 2'):
         evaluate(small(norm_steps=2), test, 3, steps=3)

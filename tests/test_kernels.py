@@ -422,7 +422,7 @@ for kernel, args in {NO_MEMORY}.items():
 """
     done = in_new_process(code, cache_folder())
     for kernel in NO_MEMORY:
-        assert done.stdout.count(f'the kernel {kernel} got no memory') == 2, done.stderr
+        assert done.stdout.count(f'the kernel {kernel} could not allocate memory') == 2, done.stderr
 
 
 def test_the_page_shows_the_c_that_is_compiled():
@@ -501,7 +501,7 @@ def test_smooth_images_and_filters_that_sum_to_zero():
         (dict(gamma=torch.zeros(17)), r'gamma of shape \(17,\): expected \(16,\)'),
         (
             dict(x=torch.rand(3, 2, 1, 8, 8), gamma=torch.zeros(2, 16)),
-            r'gamma of shape \(2, 16\): expected \(16,\), or \(3, 16\) for one a task',
+            r'gamma of shape \(2, 16\): expected \(16,\), or \(3, 16\) for one per task',
         ),
     ],
 )
@@ -516,7 +516,7 @@ def test_no_images_are_not_for_c():
     assert not fusable(torch.rand(1, 0, 1, 8, 8), 16)
     m = MAML(conv4(size=16, filters=16), 3, 0.1)
     fast = m.adapt(torch.rand(1, 3, 1, 16, 16), torch.arange(3)[None])
-    with pytest.raises(ValueError, match='there is no image in it'):
+    with pytest.raises(ValueError, match='it contains no image'):
         m.predict(fast, torch.rand(1, 0, 1, 16, 16))
 
 

@@ -209,10 +209,10 @@ def test_sealed_values(tmp_path, values, data):
 def test_what_json_has_no_word_for(tmp_path, value, bad, deep):
     "Neither written, nor read where somebody else wrote it."
     path, values = tmp_path / 'x.json', dict(a=value, b=[{'c': bad}] if deep else bad)
-    with pytest.raises(ValueError, match='would hold what JSON has no word for'):
+    with pytest.raises(ValueError, match='has values that JSON cannot represent'):
         write_json(path, values)
     path.write_text(json.dumps(seal(values)))
-    with pytest.raises(BadFile, match='(NaN|Infinity) is no JSON'):
+    with pytest.raises(BadFile, match='(NaN|Infinity) is not valid JSON'):
         read_json(path)
     path.unlink()
 

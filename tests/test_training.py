@@ -657,10 +657,10 @@ def test_a_header_of_an_earlier_version_says_no_calls(tmp_path):
 @pytest.mark.parametrize(
     'changes,words',
     [
-        (dict(iteration=-1), 'has iteration=-1, no number of iterations'),
-        (dict(iteration=2**53), 'has iteration=9007199254740992, no number of iterations'),
-        (dict(calls=0), 'has calls=0, no number of calls'),
-        (dict(calls=2**53), 'has calls=9007199254740992, no number of calls'),
+        (dict(iteration=-1), 'has iteration=-1, not a number of iterations'),
+        (dict(iteration=2**53), 'has iteration=9007199254740992, not a number of iterations'),
+        (dict(calls=0), 'has calls=0, not a number of calls'),
+        (dict(calls=2**53), 'has calls=9007199254740992, not a number of calls'),
         (dict(calls='x'), "has calls='x': expected int"),
         (dict(history=[ROW | dict(val_accuracy='x')]), "history, has val_accuracy='x': expected"),
         (dict(history=[ROW | dict(val_loss='x')]), "in its history, has val_loss='x': expected"),
@@ -842,10 +842,10 @@ def as_double(head, tensors):
         (said(kept=[]), 'kept0/theta/.* there, no tensor in this run'),
         (said(iteration=None), 'its header has no iteration: expected int: delete it'),
         (said(iteration='many'), "its header has iteration='many': expected int"),
-        (said(kept=[3]), r'its header has kept=\[3\], no list of pairs'),
+        (said(kept=[3]), r'its header has kept=\[3\], not a list of pairs'),
         (said(config=None), 'its header has no config'),
         (said(seconds='long'), "its header has seconds='long': expected float"),
-        (said(kept=[[0.5, 1, 2]]), r'its header has kept=\[\[0.5, 1, 2\]\], no list of pairs'),
+        (said(kept=[[0.5, 1, 2]]), r'its header has kept=\[\[0.5, 1, 2\]\], not a list of pairs'),
         (said(format='fewshotmeta checkpoint 1'), "checkpoint 1': this version of the package"),
     ],
 )

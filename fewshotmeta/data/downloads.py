@@ -29,7 +29,7 @@ def unpack_download(
         first = ', '.join([*files][:3]) or 'nothing'
         raise BadFile(
             f'{archive} holds {first}, …: none of {", ".join(known)} as it is published, and '
-            'nothing was unpacked. Images of your own need no place: give the path of their folder'
+            'nothing was unpacked. Your own images need no place: give the path of their folder'
         )
 
     unpack(archive, data_root(root), place=place, limit=limit)

@@ -55,7 +55,7 @@ def check_images(
     "Check by type and shape that a tensor holds images of tasks. Raises `ValueError`."
     _check_form(name, x)
     if not x.shape[0] * x.shape[1]:
-        raise ValueError(f'{name} has shape {tuple(x.shape)}: there is no image in it')
+        raise ValueError(f'{name} has shape {tuple(x.shape)}: it contains no image')
 
 
 def check_labels(
@@ -313,12 +313,12 @@ def _check_looks(sampler):
     "Refuse values with which images cannot be normalised or augmented."
     augment = sampler.augment
     if augment is not None and not isinstance(getattr(augment, 'count', None), int):
-        raise ValueError(f'augment={augment!r}: expected an augmentation, say CloserLook()')
+        raise ValueError(f'augment={augment!r}: expected an augmentation, such as CloserLook()')
     if isinstance(augment, type):
         name = augment.__name__
         raise ValueError(f'augment={name}: give an instance, {name}()')
     if not np.all(np.asarray(sampler.std) > 0):
-        raise ValueError(f'std={sampler.std}: a divisor is greater than 0')
+        raise ValueError(f'std={sampler.std}: a divisor must be greater than 0')
 
 # %% ../../nbs/data/15_episodes.ipynb #6077c9da
 def _check_sizes(sampler):

@@ -109,7 +109,7 @@ def read_whole(path: Path) -> bytes:
             raise
         plain = False
     if not plain:
-        raise BadFile(f'{path} is no plain file')
+        raise BadFile(f'{path} is not a plain file')
     return path.read_bytes()
 
 
@@ -133,7 +133,7 @@ def write_json(path: Path, values: dict) -> None:
     try:
         text = json.dumps(seal(values), indent=1, allow_nan=False)
     except ValueError as e:
-        raise ValueError(f'{path} would hold what JSON has no word for ({e})') from None
+        raise ValueError(f'{path} has values that JSON cannot represent ({e})') from None
     with atomic(path) as tmp:
         tmp.write_text(f'{text}\n', encoding='utf-8')
 
@@ -155,7 +155,7 @@ def read_json(
 
 def _refused(word):
     "Refuse NaN and infinity, which Python reads and JSON does not have."
-    raise ValueError(f'{word} is no JSON')
+    raise ValueError(f'{word} is not valid JSON')
 
 
 def _finite(word):
@@ -338,4 +338,4 @@ def _moves(new, old):
         return [move for n in sorted(new.iterdir()) for move in _moves(n, old / n.name)]
     if filecmp.cmp(new, old, shallow=False):  # never true of a folder
         return []
-    raise FileExistsError(f'{old} is there already, and is another one: remove it first')
+    raise FileExistsError(f'{old} already exists with different content: remove it first')

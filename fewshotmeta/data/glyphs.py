@@ -95,7 +95,7 @@ def _build_glyphs(split, size):
         if len(faces) < 4:
             raise DataMissing(
                 f"{c!r} (U+{ord(c):04X}) is drawn by {len(faces)} of matplotlib's DejaVu faces, "
-                'not by four: another matplotlib than 3.x?'
+                'not by four: is this matplotlib 3.x?'
             )
         drawn += [_render(c, j, fonts[faces[j % len(faces)]], size) for j in range(RENDERINGS)]
     images = torch.from_numpy(np.stack(drawn))[:, None]

@@ -84,7 +84,7 @@ def _as_array(im, invert):
 def _opened(path, channels, expect, animated):
     "Open a file upright, in grey or RGB; if it has several frames, the first."
     if isinstance(path, (str, Path)) and os.path.exists(path) and not os.path.isfile(path):
-        raise BadImage(f'{path} is no plain file')  # reading a pipe would wait for ever
+        raise BadImage(f'{path} is not a plain file')  # reading a pipe would wait for ever
     try:
         with Image.open(path) as im:
             if expect and im.size != expect:

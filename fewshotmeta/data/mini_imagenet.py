@@ -114,7 +114,7 @@ def _mini_files_of_csv(base, split, classes):
         if name.is_absolute() or '..' in name.parts:
             raise BadImage(f'{file}: {str(name)!r:.200} leads out of {images}')
         if name in named:
-            raise BadImage(f'{file} names {str(name)!r} twice, which is no second image')
+            raise BadImage(f'{file} names {str(name)!r} twice')
         named.add(name)
         found.setdefault(row['label'], []).append(str(images / name))
     return found
@@ -150,7 +150,7 @@ def _check_numbers(name, own, n):
     "Refuse indices that do not refer to some of n images."
     whole = int, np.integer
     if not isinstance(own, list | np.ndarray) or not all(isinstance(i, whole) for i in own):
-        raise BadImage(f'{name} is no list of whole numbers')
+        raise BadImage(f'{name} is not a list of whole numbers')
     if len(own) and not 0 <= min(own) <= max(own) < n:
         raise BadImage(f'{name} has {min(own)} to {max(own)}: there are {n:,} images, from 0')
 
@@ -219,9 +219,9 @@ def _absent(paths):
 
 # %% ../../nbs/data/09_mini_imagenet.ipynb #c95d7e10
 _GET = (
-    "its images are ImageNet's and are not ours to hand out: put train.csv, val.csv, test.csv "
+    "its images are ImageNet's and may not be distributed by us: put train.csv, val.csv, test.csv "
     '(filename,label; the split of Ravi and Larochelle) and images/*.jpg into '
-    'ROOT/mini-imagenet, or one folder of images a class as '
+    'ROOT/mini-imagenet, or one folder of images per class as '
     'ROOT/mini-imagenet/{train,val,test}/CLASS or all 100 as ROOT/mini-imagenet/CLASS, '
     'or mini-imagenet-cache-{train,val,test}.pkl into ROOT/mini-imagenet; '
     '`fewshotmeta data --unpack` does it for an archive of these'

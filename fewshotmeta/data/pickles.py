@@ -86,7 +86,7 @@ class _ArraysAlone(pickle.Unpickler):
         asked = f'{module}.{name}'
         known = re.sub(r'^numpy\.core\.', 'numpy._core.', asked)  # the name in NumPy 1
         if known not in _STAND_INS:
-            raise BadImage(f'it asks for {asked}, which no image needs: nothing of it was run')
+            raise BadImage(f'it asks for {asked}, which no image needs: nothing in it was run')
         return _STAND_INS[known]
 
 # %% ../../nbs/data/08_pickles.ipynb #3f1c77aa

@@ -56,7 +56,7 @@ def _labels_of(file, split):
     if not all(isinstance(each, list | np.ndarray) for each in (labels, names)):
         raise BadImage(f'{file}: expected {" and ".join(sorted(keys))} to be lists')
     if not len(labels) or not all(isinstance(x, int | np.integer) for x in labels):
-        raise BadImage(f'{file}: label_specific is no list of whole numbers')
+        raise BadImage(f'{file}: label_specific is not a list of whole numbers')
     labels, names = np.asarray(labels), [text_of(name) for name in names]
     wanted = splits('tiered_imagenet')[split]
     if set(names) & {c for part in splits('tiered_imagenet').values() for c in part}:
@@ -183,9 +183,9 @@ def _place_tiered(files):
 _FORMS = '{}_images_png.pkl', '{}_images.npz', '{}_labels.pkl'
 _STORED = {form.format(split) for form in _FORMS for split in ('train', 'val', 'test')}
 _GET = (
-    "its images are ImageNet's and are not ours to hand out: put "
+    "its images are ImageNet's and may not be distributed by us: put "
     '{train,val,test}_images_png.pkl (or _images.npz) and {train,val,test}_labels.pkl into '
-    'ROOT/tiered-imagenet, or one folder of images a class as '
+    'ROOT/tiered-imagenet, or one folder of images per class as '
     'ROOT/tiered-imagenet/{train,val,test}/CLASS; `fewshotmeta data --unpack` '
     'does it for an archive of these, such as tiered-imagenet.tar '
     '(github.com/renmengye/few-shot-ssl-public)'

@@ -98,8 +98,8 @@ def _compiler():
     if program:
         return words, program
     warnings.warn(
-        f"no C compiler {words[0] if words else command!r}: PyTorch's operations serve instead of "
-        'the fused kernels, slower (CC names a compiler; FEWSHOTMETA_KERNELS=torch is silent)'
+        f"no C compiler {words[0] if words else command!r}: PyTorch's slower operations replace "
+        'the fused kernels (CC names a compiler; FEWSHOTMETA_KERNELS=torch is silent)'
     )
 
 
@@ -169,7 +169,7 @@ def _load(dtype):
         functions = ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as e:
         warnings.warn(
-            "the fused kernels could not be compiled, PyTorch's operations serve instead: "
+            "the fused kernels could not be compiled, PyTorch's operations replace them: "
             f'{getattr(e, "stderr", None) or e}'
         )
         return None
@@ -211,7 +211,7 @@ def _call(name, dtype, tasks, *args):
         failed = getattr(functions, f'{name}_tasks')(tasks, stride, *values)
     if failed:
         raise MemoryError(
-            f'the kernel {name} got no memory to work in: use smaller or fewer images'
+            f'the kernel {name} could not allocate memory: use smaller or fewer images'
         )
     _ran.add(dtype)
 
@@ -485,7 +485,7 @@ def _check_parameters(x, w, gamma, beta):
         if p is not w and p.shape not in ((o,), (1, o), (len(x), o)):
             raise ValueError(
                 f'{name} of shape {tuple(p.shape)}: '
-                f'expected ({o},), or ({len(x)}, {o}) for one a task'
+                f'expected ({o},), or ({len(x)}, {o}) for one per task'
             )
 
 # %% ../../nbs/engine/03_kernels.ipynb #41c63f1f

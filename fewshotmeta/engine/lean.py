@@ -48,8 +48,8 @@ def _gradients(outputs, cotangents, leaves):
 def _refuse_second_order():
     if torch.is_grad_enabled():
         raise RuntimeError(
-            'the meta-gradient itself was to be differentiated (create_graph=True): '
-            'use a plan with recompute=False, and a loss after the last step alone'
+            'the meta-gradient itself cannot be differentiated (create_graph=True): '
+            'use a plan with recompute=False, and a loss only after the last step'
         )
 
 # %% ../../nbs/engine/02_lean.ipynb #8419f043

@@ -48,11 +48,11 @@ class Plan:
                 raise ValueError(f'{field}={value!r}: choose one of {known}')
         if self.capture and self.kernels == 'fused':
             raise ValueError(
-                "kernels='fused' are C, which nothing can record: use kernels='torch' with capture"
+                "kernels='fused' are C, which cannot be recorded: use kernels='torch' with capture"
             )
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(
-                f'chunk={self.chunk}: at least one task a call, or None for all at once'
+                f'chunk={self.chunk}: at least one task per call, or None for all at once'
             )
 
 # %% ../../nbs/engine/00_plans.ipynb #84552a8f
@@ -259,7 +259,7 @@ def plan_for(
         raise ValueError(f'plan={name!r}: choose one of {", ".join(PLANS)}')
     plan = replace(PLANS[name](), **changes)
     if cpu and plan.precision != 'float32':
-        raise ValueError(f"precision={plan.precision!r} is a GPU's: choose float32 on a CPU")
+        raise ValueError(f"precision={plan.precision!r} needs a GPU: choose float32 on a CPU")
     return plan
 
 # %% ../../nbs/engine/00_plans.ipynb #6ed49fd3

@@ -218,9 +218,9 @@ class FeatureTransfer(Pretrained):
 def _check_tuning(tune_lr, tune_decay, tune_momentum, tune_dampening):
     "Refuse values that make no descent. Raises `ValueError`."
     if not tune_lr > 0:
-        raise ValueError(f'tune_lr={tune_lr}: a step size is greater than 0')
+        raise ValueError(f'tune_lr={tune_lr}: a step size must be greater than 0')
     if not tune_decay >= 0:
-        raise ValueError(f'tune_decay={tune_decay}: 0 or more')
+        raise ValueError(f'tune_decay={tune_decay}: it must be 0 or more')
     for name, value in dict(tune_momentum=tune_momentum, tune_dampening=tune_dampening).items():
         if not 0 <= value < 1:
             raise ValueError(f'{name}={value}: a share, in [0, 1)')

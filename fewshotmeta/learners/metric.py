@@ -392,7 +392,7 @@ class R2D2(Metric):
         super().__init__(backbone, seed)
         for name, value in dict(lam=lam, scale=scale).items():
             if not value > 0:
-                raise ValueError(f'{name}={value}: it starts greater than 0')
+                raise ValueError(f'{name}={value}: it must start greater than 0')
         self.lam = lam
         self.scale = scale
         start = {'ridge.log_lam': math.log(lam)} if learn_lam else {}

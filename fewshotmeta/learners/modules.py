@@ -113,7 +113,7 @@ def take_frozen(
         odd = sorted(k for k in own | given if own.get(k) != given.get(k))
         raise ValueError(
             f'{len(given)} frozen parameters were stored, but the backbone freezes {len(own)} '
-            f'(first that differs: {odd[0]}): make it as it was'
+            f'(first that differs: {odd[0]}): make it as it was when stored'
         )
     for name, value in self.frozen.items():
         value.copy_(values[name])

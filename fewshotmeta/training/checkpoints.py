@@ -215,15 +215,15 @@ def _check_head(path, head):
     check_form(head, _HEAD, where)
     for row in head['history']:
         if not isinstance(row, dict):
-            raise BadFile(f'{where} has history={head["history"]!r:.60}, no list of rows')
+            raise BadFile(f'{where} has history={head["history"]!r:.60}, not a list of rows')
         check_form(row, _ROW, f'{where}, in its history,')
     for name in 'pending', 'kept':
         if not all(_is_pair(one) for one in head[name]):
-            raise BadFile(f'{where} has {name}={head[name]!r:.60}, no list of pairs')
+            raise BadFile(f'{where} has {name}={head[name]!r:.60}, not a list of pairs')
     if not 0 <= head['iteration'] < 2**53:
-        raise BadFile(f'{where} has iteration={head["iteration"]}, no number of iterations')
+        raise BadFile(f'{where} has iteration={head["iteration"]}, not a number of iterations')
     if not 0 < head.setdefault('calls', _ONE_A_TASK) < 2**53:
-        raise BadFile(f'{where} has calls={head["calls"]}, no number of calls')
+        raise BadFile(f'{where} has calls={head["calls"]}, not a number of calls')
 
 
 def _is_pair(value):

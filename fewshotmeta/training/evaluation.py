@@ -64,8 +64,8 @@ def check_one_number_of_ways(
     low, high = sampler.way_range
     if low != high:
         raise ValueError(
-            f'{low} to {high} ways: accuracy is of one number of ways at a time, '
-            'sampler(n_way=…); evaluate_ways takes many'
+            f'{low} to {high} ways: accuracy is for one number of ways at a time. '
+            'Use sampler(n_way=…), or evaluate_ways for several'
         )
 
 # %% ../../nbs/training/02_evaluation.ipynb #f9051e9d

@@ -454,7 +454,7 @@ def _fitted(learner, train, valid, settings, checkpoint, progress, log):
     params = list(learner.theta.values())
     if not params:
         raise ValueError(
-            f'{type(learner).__name__} has no parameter to train (are all of its network frozen?): '
+            f'{type(learner).__name__} has no parameter to train (is its whole network frozen?): '
             'evaluate it as it is, or leave some with requires_grad'
         )
     optimizer = OPTIMIZERS[settings.optimizer](params, settings.meta_lr, settings.betas)

@@ -239,7 +239,7 @@ def load_learner(
         raise BadLearner(_what_is_wrong(path, e)) from e
     except Exception as e:  # any error of a constructor, given a header written by hand
         said = f'{type(e).__name__}: {e!s:.200}'
-        raise BadLearner(f'{path}: what its header describes is no learner ({said})') from e
+        raise BadLearner(f'{path}: its header does not describe a learner ({said})') from e
     return members[0] if len(members) == 1 else Ensemble(members)
 
 # %% ../../nbs/training/10_saving.ipynb #2d854f22
@@ -265,7 +265,7 @@ def _check_names(tensors, members):
     own = tuple(f'{i}/{kind}/' for i in range(members) for kind in ('theta', 'buffers', 'frozen'))
     for name, value in tensors.items():
         if not name.startswith(own):
-            raise BadLearner(f'it has a tensor {name!r:.60}, which is no part of a learner')
+            raise BadLearner(f'it has a tensor {name!r:.60}, which is not part of a learner')
         if not (value.is_floating_point() or '/frozen/' in name):
             raise BadLearner(f'its {name!r:.60} is of {value.dtype}, expected floating point')
 
