@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REDUCTIONS', 'LEARNERS', 'all_but_norm', 'everything', 'head_only', 'task_losses', 'mean_over_images',
-           'sum_over_shots', 'finn_inner_lr', 'Fast', 'MetaLoss', 'MAML', 'Setting', 'to_dtype']
+           'sum_over_shots', 'finn_inner_lr', 'Fast', 'MetaLoss', 'MAML', 'to_dtype', 'Setting']
 
 # %% ../../nbs/learners/10_maml.ipynb #1d767f5d
 from copy import copy
@@ -159,6 +159,58 @@ def transductive(self: MAML) -> bool:
 def max_steps(self: MAML) -> int | None:
     "Inner steps for which there are parameters; none: any number."
     return self.backbone.norm_steps
+
+# %% ../../nbs/learners/10_maml.ipynb #0dc133cc
+@patch
+def _steps(self: MAML, steps):
+    "The number of inner steps. Raises `ValueError` where there are no parameters for so many."
+    if steps is None:
+        steps = self.inner_steps if self.test_steps is None else self.test_steps
+        return min(steps, self.max_steps or steps)
+    check_size('steps', steps, 0)
+    if self.max_steps and steps > self.max_steps:
+        raise ValueError(
+            f'steps={steps}, but there are per-step parameters for {self.max_steps}: '
+            f'ask for at most {self.max_steps}, or train with norm_steps={steps}'
+        )
+    return steps
+
+
+@patch
+def _check(self: MAML, xs, ys):
+    "The number of ways of these tasks; a recorded graph knows it, and looks at no label."
+    self._check_images('xs', xs)
+    check_labels('ys', ys, 'xs', xs)
+    if self.ways:
+        return self.ways
+    n_way = check_classes(ys)
+    if self.n_way not in (None, n_way):
+        raise ValueError(
+            f'labels 0 … {n_way - 1} in ys, but the learner has n_way={self.n_way}: '
+            f'labels run from 0 to {self.n_way - 1}, each with a support image'
+        )
+    return n_way
+
+
+@patch
+def _check_tasks(self: MAML, episodes):
+    "The number of ways of these tasks, whose queries are of the same classes."
+    n_way = self._check(episodes.xs, episodes.ys)
+    if not self.ways:
+        check_classes(episodes.ys, episodes.yq)
+    return n_way
+
+# %% ../../nbs/learners/10_maml.ipynb #96f7d20c
+@patch
+def _check_images(self: MAML, name, x):
+    "Refuse what are no images of tasks, or of another type or device than the parameters."
+    check_images(name, x)
+    own = next(iter(self.theta.values()), x)  # a network may have no parameters
+    if (x.dtype, x.device) != (own.dtype, own.device):
+        raise ValueError(
+            f'{name} is {x.dtype} on {x.device}, but the parameters are {own.dtype} on '
+            f'{own.device}: {name}.to({own.dtype}).to({str(own.device)!r}), or to_dtype(learner, …)'
+        )
 
 # %% ../../nbs/learners/10_maml.ipynb #507ec708
 @patch
@@ -353,6 +405,14 @@ def remembered(
             out[f'{layer}.{kind}'] = torch.stack(means)
     return out
 
+# %% ../../nbs/learners/10_maml.ipynb #5dc08576
+def to_dtype(learner, dtype: torch.dtype, device='cpu'):
+    "A copy of a learner with parameters and buffers of another type or on another device."
+    new = copy(learner)
+    new.theta = {k: v.detach().to(device, dtype).requires_grad_() for k, v in learner.theta.items()}
+    new.buffers = {k: v.to(device, dtype) for k, v in learner.buffers.items()}
+    return new
+
 # %% ../../nbs/learners/10_maml.ipynb #b169c1c6
 @patch
 def outer_step(
@@ -409,58 +469,6 @@ def with_norm(
     new.backbone = self.backbone.with_norm(norm)
     return new
 
-# %% ../../nbs/learners/10_maml.ipynb #0dc133cc
-@patch
-def _steps(self: MAML, steps):
-    "The number of inner steps. Raises `ValueError` where there are no parameters for so many."
-    if steps is None:
-        steps = self.inner_steps if self.test_steps is None else self.test_steps
-        return min(steps, self.max_steps or steps)
-    check_size('steps', steps, 0)
-    if self.max_steps and steps > self.max_steps:
-        raise ValueError(
-            f'steps={steps}, but there are per-step parameters for {self.max_steps}: '
-            f'ask for at most {self.max_steps}, or train with norm_steps={steps}'
-        )
-    return steps
-
-
-@patch
-def _check(self: MAML, xs, ys):
-    "The number of ways of these tasks; a recorded graph knows it, and looks at no label."
-    self._check_images('xs', xs)
-    check_labels('ys', ys, 'xs', xs)
-    if self.ways:
-        return self.ways
-    n_way = check_classes(ys)
-    if self.n_way not in (None, n_way):
-        raise ValueError(
-            f'labels 0 … {n_way - 1} in ys, but the learner has n_way={self.n_way}: '
-            f'labels run from 0 to {self.n_way - 1}, each with a support image'
-        )
-    return n_way
-
-
-@patch
-def _check_tasks(self: MAML, episodes):
-    "The number of ways of these tasks, whose queries are of the same classes."
-    n_way = self._check(episodes.xs, episodes.ys)
-    if not self.ways:
-        check_classes(episodes.ys, episodes.yq)
-    return n_way
-
-# %% ../../nbs/learners/10_maml.ipynb #96f7d20c
-@patch
-def _check_images(self: MAML, name, x):
-    "Refuse what are no images of tasks, or of another type or device than the parameters."
-    check_images(name, x)
-    own = next(iter(self.theta.values()), x)  # a network may have no parameters
-    if (x.dtype, x.device) != (own.dtype, own.device):
-        raise ValueError(
-            f'{name} is {x.dtype} on {x.device}, but the parameters are {own.dtype} on '
-            f'{own.device}: {name}.to({own.dtype}).to({str(own.device)!r}), or to_dtype(learner, …)'
-        )
-
 # %% ../../nbs/learners/10_maml.ipynb #62f350d7
 @dataclass(frozen=True)
 class Setting:
@@ -504,11 +512,3 @@ def _fomaml(backbone, setting, *, inner_lr=_LR, inner_steps=_STEPS):
 def _random_init(backbone, setting, *, inner_lr=_LR, inner_steps=_STEPS):
     "Adaptation of a random start: what every table should be compared with."
     return _fomaml(backbone, setting, inner_lr=inner_lr, inner_steps=inner_steps)
-
-# %% ../../nbs/learners/10_maml.ipynb #5dc08576
-def to_dtype(learner, dtype: torch.dtype, device='cpu'):
-    "A copy of a learner with parameters and buffers of another type or on another device."
-    new = copy(learner)
-    new.theta = {k: v.detach().to(device, dtype).requires_grad_() for k, v in learner.theta.items()}
-    new.buffers = {k: v.to(device, dtype) for k, v in learner.buffers.items()}
-    return new
