@@ -95,7 +95,7 @@ def start(
 
     return theta | {name: rows(theta[name]) for name in HEAD}
 
-
+# %% ../../nbs/learners/12_hidra.ipynb #a1d20015
 @patch
 @torch.no_grad()
 def outer_step(
