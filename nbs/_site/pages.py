@@ -17,7 +17,7 @@ CARRIED = {'.json', '.csv', '.ipynb', '.png'}  # what the site carries of a run
 # A reader's order: the wings are sections; MAML is the first page of its own.
 # A name outranks a pattern, so that a new room appears among its neighbours without a word here.
 SECTIONS = {
-    'Start': ['index', 'contents'],
+    'Start': ['index', 'howto/few_shot_learning', 'howto/glossary', 'contents'],
     'Data': ['data/*'],
     'Learners': ['learners/10_maml', 'learners/[1-9]*', 'learners/*'],
     'Training': ['training/*'],
