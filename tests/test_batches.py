@@ -391,7 +391,7 @@ def test_bad_batch_files(batch, runs, doc, words):
 @pytest.mark.parametrize(
     'text,words',
     [
-        ('experiment: exp.ipynb\nruns: {a: {x: 1}, a: {x: 2}}', "'a' stands there twice"),
+        ('experiment: exp.ipynb\nruns: {a: {x: 1}, a: {x: 2}}', "'a' appears twice"),
         ('a: [', 'is not YAML'),
         ('', 'experiment=None'),
         ('- a', 'expected `name: value`'),

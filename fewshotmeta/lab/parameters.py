@@ -22,7 +22,7 @@ from ..data.checks import did_you_mean
 
 # %% ../../nbs/lab/00_parameters.ipynb #ea6f4418
 class BadParameters(ValueError):
-    "A notebook whose parameters cannot be used as asked."
+    "Raised when a notebook's parameters cannot be used as given."
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Parameter:
     "One line of the parameters cell."
 
     name: str
-    default: object  # a number, text, truth value, None, or a list of these
-    meaning: str = ''  # the comment behind it
+    default: object  # a number, text, a boolean, None, or a list of these
+    meaning: str = ''  # the comment after it
 
 
 def read_parameters(
@@ -46,7 +46,7 @@ def _tags(cell):
     return list(cell.get('metadata', {}).get('tags', []))
 
 
-_CONFLICT = re.compile(rb'^\s*(<{7}|={7}|>{7})', re.MULTILINE)  # no line of JSON begins so
+_CONFLICT = re.compile(rb'^\s*(<{7}|={7}|>{7})', re.MULTILINE)  # no line of JSON starts like this
 
 
 def _cells(notebook):
@@ -116,7 +116,7 @@ def _assigned(node):
 
 
 # %% ../../nbs/lab/00_parameters.ipynb #b3e65f02
-_BITS = 1024  # of a whole number: about as large as a float can be
+_BITS = 1024  # of an integer, which is then about as large as a float can be
 _ANNOTATIONS = dict(int=int, float=float, bool=bool, str=str, list=list, tuple=list)
 
 
@@ -137,7 +137,7 @@ def _plain(name, value):
 
 
 def _shown(value):
-    "A value as a message shows it; Python writes no whole number of more than 4,300 digits."
+    "Return a value as a message shows it; Python writes no integer of more than 4,300 digits."
     try:
         return repr(value)
     except ValueError:
@@ -145,7 +145,7 @@ def _shown(value):
 
 
 def _annotated(node, default):
-    "Return a default in the type that is written behind its name. Raises `BadParameters`."
+    "Return a default in the type of its annotation. Raises `BadParameters`."
     written = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ''
     kind = _ANNOTATIONS.get(written.partition('[')[0])
     if kind is None:
@@ -157,11 +157,11 @@ def _annotated(node, default):
     return value
 
 # %% ../../nbs/lab/00_parameters.ipynb #71f8b2ca
-_EXACT = 2**53  # a float is a whole number without loss below this one
+_EXACT = 2**53  # below this, a float holds every integer exactly
 
 
 def _converted(kind, value):
-    "Return a plain value in a type; None if it cannot be had without loss."
+    "Convert a plain value to a type; return None if that would lose something."
     if type(value) is kind:
         return value
     if kind is float and type(value) is int and abs(value) < 1e308:
@@ -172,7 +172,7 @@ def _converted(kind, value):
 
 # %% ../../nbs/lab/00_parameters.ipynb #de3f7850
 def _comments(source):
-    "Return the comments of a cell: line number to text, and whether the line holds nothing else."
+    "Map line numbers to comments, and say whether the line holds nothing else."
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {}
     with contextlib.suppress(tokenize.TokenError, SyntaxError):  # odd ends of lines: no meaning
@@ -184,7 +184,7 @@ def _comments(source):
 
 
 def _meaning(node, comments):
-    "Join the comments behind an assignment and on the lines right below it."
+    "Join the comments after an assignment and on the lines directly below it."
     last = node.end_lineno
     while comments.get(last + 1, ('', False))[1]:
         last += 1
@@ -196,7 +196,7 @@ def parse_value(
     p: Parameter,
     text: str,  # as typed on the command line
 ):
-    "Return the value that `text` means for a parameter. Raises `BadParameters`."
+    "Convert `text` to a value of a parameter. Raises `BadParameters`."
     if isinstance(p.default, str):
         return text
     value = _literal(text)
@@ -206,7 +206,7 @@ def parse_value(
 
 
 def _literal(text):
-    "Return what a text is in Python; the text itself if it is nothing there."
+    "Return the Python literal in a text, or the text itself if it holds none."
     words = {'true': 'True', 'false': 'False', 'none': 'None'}
     try:
         return ast.literal_eval(words.get(text, text))
@@ -215,11 +215,11 @@ def _literal(text):
 
 
 def _items(text, default):
-    "Return the items of a list that is typed as `a,b` or `[a,b]`; the text itself if it is none."
+    "Return the items of a list typed as `a,b` or `[a,b]`, or the text itself if it is no list."
     inner = text.strip()
     if inner.startswith('[') and inner.endswith(']'):
         inner = inner[1:-1].strip()
-    if re.search(r'[][(){}\'"]', inner):  # nested, or text with commas: Python's own form is needed
+    if re.search(r'[][(){}\'"]', inner):  # nested, or text with commas: needs Python's own form
         return text
     items = [item.strip() for item in inner.removesuffix(',').split(',')] if inner else []
     if '' in items:
@@ -268,7 +268,7 @@ def _kinds(values):
 
 
 def _check_words(p, value):
-    "Refuse infinity and no number as words, as Python or YAML writes them, but as text."
+    "Refuse infinity and NaN written as words, unless the parameter is text."
     words = value if isinstance(value, list) else [value]
     if isinstance(p.default, str) or isinstance(p.default, list) and _kinds(p.default) == {str}:
         return
@@ -281,7 +281,7 @@ def _alike(p, items):
     "Return the items of a list in the type of the default's. Raises `BadParameters`."
     kinds = _kinds(p.default)
     numbers = bool(kinds) and kinds <= {int, float}
-    if not numbers and len(kinds) != 1:  # an empty list, or a mixture: anything goes
+    if not numbers and len(kinds) != 1:  # an empty list or a mixture accepts anything
         return items
     for item in items:
         if type(item) not in ({int, float} if numbers else kinds):
@@ -299,7 +299,7 @@ def merge_parameters(
     known: dict,  # `Parameter` by name
     given: dict,  # values that differ from the defaults
 ) -> dict:
-    "Return all parameters of a run: the defaults, overridden. Raises `BadParameters`."
+    "Return all parameters of a run: the defaults with `given` on top. Raises `BadParameters`."
     unknown = [k for k in given if k not in known]
     if unknown:
         guess = did_you_mean(unknown[0], known) or '.'
@@ -312,7 +312,7 @@ _LONGEST = 200  # bytes of a name; file systems take 255
 
 
 def default_name(given: dict) -> str:
-    "Make a readable name for a run from what differs from the defaults."
+    "Make a readable name for a run from the parameters that differ from the defaults."
     text = '_'.join(f'{k}={v}' for k, v in sorted(given.items()))
     text = re.sub(r'[^\w.=+-]+', '-', text).encode()[:120]
     return text.decode(errors='ignore') or 'defaults'
@@ -348,7 +348,7 @@ def project_folder(
 
 
 def runs_folder(
-    path=None,  # a notebook or a batch file; None: whatever the current folder belongs to
+    path=None,  # a notebook or a batch file; None: the project of the current folder
 ) -> Path:
     "Return the folder of all runs, which may not exist yet."
     if path is not None:
@@ -364,7 +364,7 @@ def experiment_file(
     path,  # of a file, or the name of an experiment
     ending: str = '.ipynb',  # '.ipynb' for a notebook, '.yaml' for a batch file
 ) -> Path:
-    "Return the file that is meant. Raises `BadParameters` for an unknown name."
+    "Return the file of an experiment. Raises `BadParameters` for an unknown name."
     path = Path(path)
     if path.is_file() or path.name != str(path):
         return path
@@ -379,7 +379,7 @@ def experiment_file(
 def experiment_files(
     ending: str = '.ipynb',  # '.ipynb' for notebooks, '.yaml' for batch files
 ) -> dict[str, Path]:
-    "Return the files of all experiments that have a name: the project's, then the package's."
+    "Return the files of all named experiments: the project's, then the package's."
     repository = _PACKAGE.parent / 'nbs' / 'experiments'
     ours = repository if repository.is_dir() else _PACKAGE / 'experiments'
     named = {}
