@@ -222,7 +222,7 @@ def test_nothing_of_it_counts_as_a_run(finished, capsys):
     assert all_results(runs)[1] == []
     assert list(runs.glob('*/*/result.json')) == [folder_of(finished) / 'result.json']
     assert not main(['status', '--runs', str(runs)])
-    assert '1 results, 0 not finished, 0 files that are no whole results' in capsys.readouterr().out
+    assert '1 results, 0 not finished, 0 invalid result files' in capsys.readouterr().out
     assert run(finished, dict(stop=True), force=True)['metrics']['first']['mean'] == 50
 
 
@@ -879,7 +879,7 @@ def test_a_batch_leaves_other_code_alone_and_says_so(interrupted, capsys):
     assert main(asked) == 1
     said = capsys.readouterr().out
     assert 'demo/one_smoke: stopped, other code. at iteration 50' in said
-    assert '--accept-changes continues it by this code, --only one_smoke --force begins' in said
+    assert '--accept-changes continues it with this code, --only one_smoke --force begins' in said
     assert main([*asked, '--dry-run', '--accept-changes']) in (0, None)
     assert 'continues, by other code' in capsys.readouterr().out
 

@@ -1228,7 +1228,7 @@ def test_a_result_that_was_altered_is_left_out(finished, tmp_path):
     rows = [line.split()[:2] for line in out.stdout.splitlines()[-2:]]
     assert rows == [['b', '0'], ['b', '1']]
     over = fewshotmeta('status', '--runs', tmp_path / 'runs').stdout
-    assert '2 results, 0 not finished, 1 files that are no whole results' in over
+    assert '2 results, 0 not finished, 1 invalid result files' in over
     assert fewshotmeta('status', '--runs', tmp_path / 'none').returncode == 2
 
 
