@@ -337,7 +337,7 @@ class Planned:
 
     @property
     def folder(self) -> Path:
-        "Where its result is."
+        "Return the run's folder."
         return self.runs / self.experiment / self.slug
 
 # %% ../../nbs/lab/06_batches.ipynb #b7a03c52

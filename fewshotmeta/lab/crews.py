@@ -24,7 +24,7 @@ from .work import Work, record_failure, row_of
 
 # %% ../../nbs/lab/09_crews.ipynb #825612e6
 class Crew:
-    "The workers of a batch."
+    "Manage the workers of a batch."
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ _SAMPLES = inspect.signature(samplers).parameters
 
 
 def _device(params):
-    "Where a run computes."
+    "Return the device on which a run computes."
     device = params.get('device', 'auto')
     there = 'cuda' if torch.cuda.is_available() else 'cpu'
     return there if device == 'auto' else device

@@ -220,7 +220,7 @@ _KEPT = 'a checkpoint, if there is one, is kept'
 
 # %% ../../nbs/lab/03_execution.ipynb #8d485d7e
 class _Limit:
-    "A limit on a whole run."
+    "Limit the time of a whole run."
 
     OVER = dict(ename='TimeLimit', evalue='', traceback=[])  # the reply of an interrupted cell
 

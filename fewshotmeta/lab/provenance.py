@@ -158,7 +158,7 @@ def _hash(text):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def module_digests() -> dict:  # module, or file, to digest
+def module_digests() -> dict:  # maps a module or file to its digest
     "Return digests of the modules of the package, code and data, that a run depends on."
     root = Path(fewshotmeta.__file__).parent
     paths = [root / 'lab' / f'{room}.py' for room in ('protocols', 'trained')]
@@ -265,7 +265,7 @@ def digests(
 def changed_code(
     then: dict,  # `digest`, and `modules` where known
     now: dict,  # the same, as of now
-) -> list[str]:  # in words; empty: it is the same code
+) -> list[str]:  # in words; empty: the code is the same
     "List the parts of a run's code that have changed."
     before, after = then['digest'], now['digest']
     if 'code' not in before:

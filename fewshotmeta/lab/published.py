@@ -19,7 +19,7 @@ MISSING = 'not in our copy'
 
 @dataclass(frozen=True)
 class Published:
-    "A number of a paper."
+    "Hold a number of a paper."
 
     id: str  # table or figure, e.g. MPP-T1
     paper: str  # the paper that prints it
@@ -46,7 +46,7 @@ class Published:
 # %% ../../nbs/lab/05_published.ipynb #40360d84
 @lru_cache
 def _everything() -> tuple:
-    "All lines of the file."
+    "Read all lines of the file."
     file = resources.files('fewshotmeta.lab') / 'published.csv'
     with file.open(encoding='utf-8', newline='') as f:
         return tuple(_parsed(line) for line in csv.DictReader(f))
@@ -64,9 +64,9 @@ def _parsed(line):
 
 # %% ../../nbs/lab/05_published.ipynb #2ef0043d
 def published(
-    id: str = '',  # table or figure; none: all
-    row: str = '',  # the row's name; none: all
-    column: str = '',  # the column's name; none: all
+    id: str = '',  # table or figure; empty: all
+    row: str = '',  # the row's name; empty: all
+    column: str = '',  # the column's name; empty: all
     **fields,  # other fields of `Published` and their values
 ) -> list[Published]:  # in the papers' order
     "Find published numbers by their fields. Raises `ValueError`, naming the nearest value."

@@ -113,7 +113,7 @@ def _same(results):
 
 
 def _metric(r, metric):
-    "A metric of a result."
+    "Return a metric of a result."
     if metric not in r['metrics']:
         raise ValueError(f'{r["run"]} has no metric {metric!r}{did_you_mean(metric, r["metrics"])}')
     return r['metrics'][metric]

@@ -24,7 +24,7 @@ from .batches import Planned
 # %% ../../nbs/lab/07_states.ipynb #29cf45ab
 @dataclass
 class State:
-    "How a run stands."
+    "Hold the state of a run."
 
     kind: str  # see the table
     note: str = ''  # a short explanation

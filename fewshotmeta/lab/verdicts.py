@@ -102,7 +102,7 @@ def verdict_table(
 
 
 def _row(one, start):
-    "A claim's row."
+    "Make the row of a claim."
     ours, scale, seeds, difference = '–', '–', '–', one.difference
     if difference is not None:
         ours = f'{difference.points:+.2f} ± {_over_tasks(difference):.2f}'
