@@ -1332,7 +1332,7 @@ def test_a_learner_is_made_first_and_once(batch):
     both = planned(path) + [p for p in planned(beside) if p.asked]
     states = outcomes(both, jobs=2)
     assert states.pop('bad_smoke').kind == states['broken_smoke'].kind == 'failed'
-    words = 'learner: it begins from the learner of table/bad_smoke, which is failed'
+    words = 'learner: it starts from the learner of table/bad_smoke, which is failed'
     assert states.pop('broken_smoke').note.startswith(words)
     assert {s.kind for s in states.values()} == {'done'}
     assert planned_of(row_of(both[-1])).needs.name == 'table/made_smoke'
@@ -1356,5 +1356,5 @@ def test_a_learner_of_no_row_is_a_file_or_a_run(batch):
         parameters=ASKS,
         scales=dict(short={}),
     )
-    with pytest.raises(BadBatch, match='runs: a: left out at short, but b begins from it'):
+    with pytest.raises(BadBatch, match='runs: a: left out at short, but b starts from it'):
         planned(path)

@@ -183,8 +183,8 @@ def test_other_tasks_are_refused_by_name(seeds, write):
 @pytest.mark.parametrize(
     'names,words',
     [
-        ([MAML], 'name two runs at least'),
-        (MAML, 'name two runs at least'),
+        ([MAML], 'name at least two runs'),
+        (MAML, 'name at least two runs'),
         ([MAML, 'table/hydra_1shot_short_seed1'], "did you mean 'table/hidra_1shot_short_seed1'"),
         ([MAML, 'none/*'], r"no result in .* matches 'none/\*'.*There are: table/"),
         ([MAML, 'table/maml_1shot_short_seed0'], 'is named twice'),
@@ -199,7 +199,7 @@ def test_what_cannot_be_compared(seeds, names, words):
 
 def test_a_seed_twice_is_no_repetition(seeds, write):
     write('table/maml_1shot_short_seed0b', HARD)
-    with pytest.raises(ValueError, match='has a seed twice'):
+    with pytest.raises(ValueError, match='has the same seed twice'):
         compare([MAML, HIDRA], runs=seeds)
 
 

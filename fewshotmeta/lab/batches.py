@@ -202,7 +202,7 @@ def _layers(doc, name, scale, where):
         _mapping(at.get(scale), f'{place} scales: {scale}:'),
     ]
     if any('grid' in layer for layer in layers[2:]):
-        raise BadBatch(f'{place} a scale has no grid: it stands in a run or in common')
+        raise BadBatch(f'{place} a scale has no grid: put it into a run or into common')
     return layers
 
 # %% ../../nbs/lab/06_batches.ipynb #a289dd6a
@@ -348,7 +348,7 @@ def _of_row(path, doc, row, scale, runs, above=()):
     "Return the runs of one row of a batch file."
     place = f'{path}: runs: {row}:'
     if (path.stem, row) in above:
-        raise BadBatch(f'{place} it would begin from its own learner')
+        raise BadBatch(f'{place} it would start from its own learner')
     above = (*above, (path.stem, row))
     notebook, parameters = _experiment(path, doc)
     one = doc | dict(runs={row: doc['runs'][row]})
@@ -378,7 +378,7 @@ def _source(value, path, doc, scale, runs, above):
     found = _of_row(path, doc, row, _scale(doc, scale, f'{path}:'), runs, above)
     if not found:
         user = above[-1][1]
-        raise BadBatch(f'{path}: runs: {row}: left out at {scale}, but {user} begins from it')
+        raise BadBatch(f'{path}: runs: {row}: left out at {scale}, but {user} starts from it')
     return found
 
 

@@ -56,7 +56,8 @@ def task_accuracies(
     there = measured[metric]
     near = abs(found[:, -1:].mean() - there['mean']) < 1e-5
     if not (in_order and near and len(found) == there['n']):
-        raise BadFile(f'{folder}/tasks.csv is not of the result beside it: run again with --force')
+        other = 'belongs to another result: run it again with --force'
+        raise BadFile(f'{folder}/tasks.csv {other}')
     return found
 
 
@@ -110,7 +111,7 @@ def _method(name, metric, runs):
         raise ValueError(f'the runs of {name} differ in {_listed(other)}: {way}')
     seeds = [r['params'].get('seed') for r in found]
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f'{name} has a seed twice, which is no repetition: name fewer runs')
+        raise ValueError(f'{name} has the same seed twice, which is no repetition: name fewer runs')
     return [_tested(*pair, metric, '') for pair in zip(found, folders)]
 
 
@@ -242,7 +243,7 @@ def compare(
     "Compare runs with the first, task by task. Raises `ValueError` for different tasks."
     if isinstance(names, str) or len(names) < 2:
         named = names if isinstance(names, str) else ', '.join(names)
-        raise ValueError(f'{named}: name two runs at least, the one to compare with first')
+        raise ValueError(f'{named}: name at least two runs, the reference first')
     reference, *others = (_method(name, metric, runs) for name in names)
     seen = [run.name for method in (reference, *others) for run in method]
     if twice := [name for name in seen if seen.count(name) > 1]:

@@ -100,7 +100,7 @@ def _same(results):
     "Return the first result, if the others differ from it only in the seed."
     first, name = results[0], results[0]['run']
     if first['scale'] == 'smoke':
-        raise ValueError(f'{name} is a smoke run, no result: run it at another scale')
+        raise ValueError(f'{name} is a smoke run and no result: run it at another scale')
     parameters = set.intersection(*(set(r['params']) for r in results)) - _MAY_DIFFER
     for r in results[1:]:
         other = sorted(k for k in parameters if r['params'][k] != first['params'][k])

@@ -182,6 +182,6 @@ def stop(self: SlurmCrew) -> None:
     said = ''
     if self.jobs:
         array = self.jobs[0].job_id.split('_')[0]
-        said = '`squeue` lists them, `scancel {}` takes them back'.format(array)
+        said = '`squeue` lists them, `scancel {}` cancels them'.format(array)
         said = f'the jobs stay in the queue: {said}'
     print(said, file=sys.stderr)

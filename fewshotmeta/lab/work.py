@@ -181,7 +181,7 @@ def has_learner(
     if not self.goes_on(orders):
         return False
     if problem := _without_learner(need):
-        record_failure(p, 'learner', f'it begins from the learner of {need.name}, {problem}')
+        record_failure(p, 'learner', f'it starts from the learner of {need.name}, {problem}')
     return not problem
 
 

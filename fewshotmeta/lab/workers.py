@@ -92,7 +92,7 @@ def run_batch(
     states = {p: state_of(p, crew.queue()) for p in planned}
     for p in why:
         if p.asked and states[p].done and crew.wanted_again(states[p]):
-            note = f'it was to be made again, and was not; logs are in {crew.folder}'
+            note = f'it should have been repeated, but was not; logs are in {crew.folder}'
             states[p] = State('stopped', note)
     if all(s.done for s in states.values()):
         crew.clean()
