@@ -100,6 +100,24 @@ class MAMLpp(MAML):
         return [name for name in super().adapted if not name.startswith('rate.')]
 
 # %% ../../nbs/learners/11_mamlpp.ipynb #7a2e3d94
+@patch
+def weights(self: MAMLpp, progress: float) -> list[float]:
+    "Multi-step weights, or the last step alone."
+    return self.msl(progress, self.inner_steps) if self.msl else MAML.weights(self, progress)
+
+
+@patch(as_prop=True)
+def depends_on_progress(self: MAMLpp) -> bool:
+    "Whether the loss or the derivatives are annealed."
+    return self.msl is not None or self.da > 0
+
+# %% ../../nbs/learners/11_mamlpp.ipynb #1de4a0f1
+@patch
+def order_at(self: MAMLpp, progress: float) -> int:
+    "First order while derivative-order annealing lasts."
+    return 1 if progress < self.da else self.order
+
+# %% ../../nbs/learners/11_mamlpp.ipynb #1de4a0a6
 @patch(as_prop=True)
 def max_steps(self: MAMLpp) -> int | None:
     "Inner steps for which there are rates and norms; none: any number."
@@ -119,23 +137,16 @@ def rate(
     rate = theta[f'rate.{name}']
     return rate if self.rates == 'per_weight' else rate[step]
 
-
-@patch
-def order_at(self: MAMLpp, progress: float) -> int:
-    "First order while derivative-order annealing lasts."
-    return 1 if progress < self.da else self.order
-
-
-@patch
-def weights(self: MAMLpp, progress: float) -> list[float]:
-    "Multi-step weights, or the last step alone."
-    return self.msl(progress, self.inner_steps) if self.msl else MAML.weights(self, progress)
-
-
-@patch(as_prop=True)
-def depends_on_progress(self: MAMLpp) -> bool:
-    "Whether the loss or the derivatives are annealed."
-    return self.msl is not None or self.da > 0
+# %% ../../nbs/learners/11_mamlpp.ipynb #8b3f4ea5
+def _with_per_step_norms(backbone, inner_steps, ingredients):
+    "The backbone with a row of its norms for each inner step. Raises `ValueError`."
+    if not backbone.per_step_norms:
+        raise ValueError(
+            f'{type(backbone).__name__} has no per-step norm: '
+            'leave bnwb and bnrs out of the ingredients, or use conv4 or resnet12'
+        )
+    backbone = backbone.with_steps(inner_steps, affine='bnwb' in ingredients)
+    return backbone.with_norm('per_step') if 'bnrs' in ingredients else backbone
 
 # %% ../../nbs/learners/11_mamlpp.ipynb #113ab913
 INGREDIENTS = ('msl', 'da', 'bnrs', 'bnwb', 'lslr')
@@ -164,17 +175,6 @@ def mamlpp(
     if 'lslr' in ingredients:
         changes |= dict(rates='per_tensor')
     return MAMLpp(backbone, n_way, inner_lr, inner_steps, **changes, **maml)
-
-# %% ../../nbs/learners/11_mamlpp.ipynb #8b3f4ea5
-def _with_per_step_norms(backbone, inner_steps, ingredients):
-    "The backbone with a row of its norms for each inner step. Raises `ValueError`."
-    if not backbone.per_step_norms:
-        raise ValueError(
-            f'{type(backbone).__name__} has no per-step norm: '
-            'leave bnwb and bnrs out of the ingredients, or use conv4 or resnet12'
-        )
-    backbone = backbone.with_steps(inner_steps, affine='bnwb' in ingredients)
-    return backbone.with_norm('per_step') if 'bnrs' in ingredients else backbone
 
 # %% ../../nbs/learners/11_mamlpp.ipynb #9c405fb6
 def meta_sgd(
