@@ -68,11 +68,19 @@ def signature_of(f) -> inspect.Signature:
     return inspect.Signature()
 
 
+STARS = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}
+
+
+def stars(f) -> dict[str, str]:
+    "Map the arguments that stand for several to the stars before their names."
+    read = signature_of(f).parameters.values()
+    return {p.name: STARS[p.kind] for p in read if p.kind in STARS}
+
+
 def shown(parameter, types: bool) -> str:
     "Write a parameter as it stands in a signature."
-    stars = {parameter.VAR_POSITIONAL: '*', parameter.VAR_KEYWORD: '**'}.get(parameter.kind, '')
     named = type_name(parameter.annotation) if types else ''
-    text = stars + parameter.name + (f': {named}' if named else '')
+    text = STARS.get(parameter.kind, '') + parameter.name + (f': {named}' if named else '')
     if parameter.default is parameter.empty:
         return text
     return f'{text}{" = " if named else "="}{value_name(parameter.default)}'
@@ -117,14 +125,18 @@ def rows(f) -> list[tuple[str, str, str]]:
     Where no argument has a comment, the signature says it all: the list is empty.
     """
     try:
-        found = docments(on_disk(f), full=True)
+        found = docments(on_disk(f), full=True, args_kwargs=True)
     except Exception:  # docments reads source, of which there may be none
         return []
     kept = {name: told for name, told in found.items() if name not in ('self', 'return')}
     returned = found.get('return', {})
     if not isinstance(f, type) and returned.get('docment'):
         kept['returns'] = returned
-    out = [(k, type_name(v.get('anno')), v.get('docment') or '') for k, v in kept.items()]
+    starred = stars(on_disk(f))
+    out = [
+        (starred.get(k, '') + k, type_name(v.get('anno')), v.get('docment') or '')
+        for k, v in kept.items()
+    ]
     commented = any(comment for _, _, comment in out)
     return [row for row in out if row[1] or row[2]] if commented else []
 
