@@ -43,16 +43,23 @@ def read_part(page: Page, name: str) -> tuple[dict, list[str]]:
     return (found, []) if isinstance(found, dict) else ({}, [f'{name} holds no object'])
 
 
+def is_measured(found) -> bool:
+    "Say whether a metric has a mean, a number of tasks, and an interval or None."
+    if not isinstance(found, dict):
+        return False
+    numbers = [found.get(name) for name in ('mean', 'n')]
+    if found.get('ci95') is not None:
+        numbers.append(found['ci95'])
+    return all(is_a(float, number) for number in numbers)
+
+
 def metrics_shown(metrics: dict) -> tuple[dict, list[str]]:
-    "Leave out the accuracy if it has no number."
+    "Leave out what has no number; say so of the accuracy."
     found = metrics.get('test_accuracy')
     if not found:
         return {}, []
-    numbers = [found.get(name) for name in ('mean', 'n')] if isinstance(found, dict) else [None]
-    if isinstance(found, dict) and found.get('ci95') is not None:
-        numbers.append(found['ci95'])
-    if all(is_a(float, number) for number in numbers):
-        return dict(test_accuracy=dict(ci95=None) | found), []
+    if is_measured(found):
+        return {k: dict(ci95=None) | v for k, v in metrics.items() if is_measured(v)}, []
     return {}, [f'result.json has test_accuracy={found!r:.60}, no mean, ci95 and n']
 
 

@@ -13,6 +13,12 @@ LEAD = (
     'Every run behind a number of this site: its parameters, its result and the notebook '
     'as it was executed.'
 )
+STEPS = (
+    'The test accuracy of a run is the one after its last inner step of testing, which the table '
+    'names: 0 stands for methods that take no inner step. The page of a run lists the accuracy '
+    'after every step.'
+)
+STEP = re.compile(r'accuracy_(?:(?P<ways>\d+)way_step|step_)(?P<step>\d{1,4})')
 NOT_ALL = 'Not everything of this run can be shown'
 SINGLE = (
     'Single runs, in no batch file; [the report on Omniglot](../reports/omniglot.html) says what '
@@ -24,13 +30,54 @@ def value(v) -> str:
     return in_cell(json.dumps(v, ensure_ascii=False))
 
 
+def percent(found: dict) -> str:
+    "Write an accuracy and its interval."
+    interval = '' if found['ci95'] is None else f' ± {100 * found["ci95"]:.2f}'
+    return f'{100 * found["mean"]:.2f}{interval}'
+
+
 def accuracy(result) -> str:
     "Write the headline number of a run."
     found = result['metrics'].get('test_accuracy')
-    if not found:
+    return percent(found) if found else ''
+
+
+def is_headline(found: dict, result) -> bool:
+    "Say whether a metric is the headline number, to the last digit."
+    headline = result['metrics'].get('test_accuracy', {})
+    return all(found[name] == headline.get(name) for name in ('mean', 'ci95', 'n'))
+
+
+def by_step(result) -> tuple[str, dict[int, dict]]:
+    """Map each number of inner steps to the test accuracy after them, of what the headline is of.
+
+    An experiment may test on several numbers of ways: they come first, '' where there is one.
+    """
+    groups = {}
+    for key, metric in result['metrics'].items():
+        if match := STEP.fullmatch(key):
+            groups.setdefault(match['ways'] or '', {})[int(match['step'])] = metric
+    found = (
+        (ways, steps)
+        for ways, steps in groups.items()
+        if any(is_headline(metric, result) for metric in steps.values())
+    )
+    return next(found, ('', {}))
+
+
+def step_of(result) -> int | None:
+    "Find the inner step that the headline number is after: the last that has this very number."
+    steps = by_step(result)[1]
+    return max((k for k, metric in steps.items() if is_headline(metric, result)), default=None)
+
+
+def in_steps(result) -> str:
+    "Say after how many inner steps the headline number is; '' where that is not known."
+    step, (ways, _) = step_of(result), by_step(result)
+    if step is None:
         return ''
-    interval = '' if found['ci95'] is None else f' ± {100 * found["ci95"]:.2f}'
-    return f'{100 * found["mean"]:.2f}{interval}'
+    told = f'after inner step {step}' if step else 'without an inner step'
+    return f'{ways}-way, {told}' if ways else told
 
 
 def duration(seconds) -> str:
@@ -64,7 +111,9 @@ def commit_link(result, links) -> str:
     commit = str(result.get('commit') or '')
     if not re.fullmatch('[0-9a-f]+', commit):
         return in_words(commit) or '–'
-    link = f'[`{commit[:7]}`]({links.git}/commit/{commit})'
+    link = f'`{commit[:7]}`'
+    if links.git:
+        link = f'[{link}]({links.git}/commit/{commit})'
     return link + (', with uncommitted changes' if result.get('dirty') else '')
 
 
@@ -80,7 +129,11 @@ def facts(page: Page, result, links) -> str:
     }
     if number := accuracy(result):
         n_tasks = result['metrics']['test_accuracy']['n']
-        rows['test accuracy, %'] = in_words(f'{number} ({n_tasks} tasks)')
+        where = ', '.join(filter(None, (f'{n_tasks} tasks', in_steps(result))))
+        rows['test accuracy, %'] = in_words(f'{number} ({where})')
+    if len(steps := by_step(result)[1]) > 1:
+        listed = ', '.join(f'{step}: {percent(found)}' for step, found in sorted(steps.items()))
+        rows['after each inner step, %'] = in_words(listed)
     rows |= {
         'test tasks': tasks,
         'machine': in_words(result['device']),
@@ -113,7 +166,8 @@ def described(result, links) -> str:
     if experiment:
         name = name.removesuffix('.ipynb')
     number = accuracy(result)
-    ending = f': test accuracy {number} %.' if number else '.'
+    told = ', '.join(filter(None, (f'test accuracy {number} %', in_steps(result))))
+    ending = f': {told}.' if number else '.'
     return f'An executed run of {name} for {result["experiment"]}, scale {result["scale"]}{ending}'
 
 
@@ -173,11 +227,13 @@ def run_page(page: Page, links) -> tuple[dict, dict]:
 
 
 def list_row(page: Page, result) -> tuple:
+    step = step_of(result)
     return (
         f'[{in_words(result["run"])}]({in_address(page.name.removeprefix("runs/"))}.html)',
         in_words(result['notebook'].removesuffix('.ipynb')),
         in_words(result['scale']),
         accuracy(result),
+        '–' if step is None else step,
         duration(result['seconds']),
     )
 
@@ -189,8 +245,8 @@ def run_list(links) -> str:
         if page.is_run:
             result = result_of(page)
             groups.setdefault(result['experiment'], []).append(list_row(page, result))
-    parts = [f'# Executed runs\n\n{{.lead}}\n{LEAD}\n']
-    head = ('run', 'experiment', 'scale', 'test accuracy, %', 'time')
+    parts = [f'# Executed runs\n\n{{.lead}}\n{LEAD}\n\n{STEPS}\n']
+    head = ('run', 'experiment', 'scale', 'test accuracy, %', 'after inner step', 'time')
     for name, rows in sorted(groups.items()):
         batch = f'nbs/experiments/{name}.yaml'
         listed = f'Listed in [{in_words(name)}.yaml](../{in_address(batch)}).'
