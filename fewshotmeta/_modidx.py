@@ -3,7 +3,7 @@
 d = { 'settings': { 'branch': 'main',
                 'doc_baseurl': '/fewshotmeta',
                 'doc_host': 'https://fewshotmeta.github.io',
-                'git_url': 'https://github.com/fewshotmeta/fewshotmeta',
+                'git_url': '',
                 'lib_path': 'fewshotmeta'},
   'syms': { 'fewshotmeta.all': {},
             'fewshotmeta.data.augment': { 'fewshotmeta.data.augment.CloserLook': ( 'data/augment.html#closerlook',
