@@ -12,7 +12,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # for the processes that nbdev starts, too
 from checked import asked_of, is_whole, notebook_of, parameters, result_of
 from convert import cells, lead_of, notebook, read, text_cell, titled, with_outputs_of
-from pages import ROOT, SECTIONS, Links, Page, in_address
+from pages import ASKED, ROOT, SECTIONS, Links, Page, in_address
 from runs import LIST, run_list, run_page
 from safety import in_code, in_words
 
@@ -142,6 +142,8 @@ def nbs_page(page: Page, links):
     nb = read(PROC / page.source.removeprefix('nbs/'))
     title, lead, words = lead_of(nb, page, links)
     made = [titled(title, lead)]
+    if page.name in ASKED:
+        made.append(text_cell(asked(page)))
     if page.is_experiment:
         nb, note = experiment(page, nb, links)
         made.append(text_cell(admonition('Where the outputs come from', note)))
@@ -149,6 +151,12 @@ def nbs_page(page: Page, links):
     if page.name == 'index':
         made.append(text_cell(toctrees(links)))
     return notebook(made), dict(description=words, files={})
+
+
+def asked(page: Page) -> str:
+    "Write the index entries by which the search finds a page."
+    entries = ', '.join(f'! {entry}' for entry in ASKED[page.name])
+    return f':::{{index}} {entries}\n:::'
 
 
 def toctrees(links) -> str:

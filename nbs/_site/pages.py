@@ -42,6 +42,22 @@ SECTIONS = {
     ],
 }
 
+# What readers look for in words that a page does not have, or has beside many others: the search
+# lists these pages first.
+ASKED = {
+    'index': ['install', 'installation', 'pip install', 'cite', 'citation'],
+    'data/downloads': ['download data', 'download a data set'],
+    'engine/plans': ['GPU', 'CUDA', 'speed', 'out of memory'],
+    'training/evaluation': ['confidence interval', 'accuracy'],
+    'training/saving': ['save a learner', 'save a model', 'load a learner', 'load a model'],
+    'training/checkpoints': ['continue a training run', 'checkpoint', 'resume'],
+    'howto/add_a_method': ['my own method', 'plugin'],
+    'howto/cluster': ['cluster', 'Slurm', 'several GPUs'],
+    'howto/use_a_learner': ['pretrained', 'use a model'],
+    'howto/your_backbone': ['my own network'],
+    'howto/your_images': ['my own images', 'my own data'],
+}
+
 
 @dataclass(frozen=True)
 class Page:
