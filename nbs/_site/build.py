@@ -198,6 +198,7 @@ def brings_scripts(made: dict) -> bool:
 
 def page_made(page: Page, links, there: Path) -> dict:
     "Make one page for Sphinx, and say what the templates should know of it."
+    links.beside.clear()
     made, about = run_page(page, links) if page.is_run else nbs_page(page, links)
     written(there, json.dumps(made, ensure_ascii=False, indent=1))
     return about | dict(
@@ -207,6 +208,7 @@ def page_made(page: Page, links, there: Path) -> dict:
         scripts=not page.shows_runs and brings_scripts(made),
         colab=links.colab(page.source),
         edit='' if page.is_run else links.at_home(page.source, 'edit'),
+        beside=dict(links.beside),
     )
 
 
@@ -268,12 +270,16 @@ def drawn() -> int:
 
 def carried(links):
     "Copy the files that the site carries, and remove others from their folders."
-    there = [p for folder in ('nbs', 'runs') for p in (DOCS / folder).rglob('*') if p.is_file()]
+    files = {name: name for name in links.files}
+    for page in json.loads(STATE.read_text(encoding='utf-8')).values():
+        files |= page.get('beside', {})
+    folders = ('nbs', 'runs', 'files')
+    there = [p for folder in folders for p in (DOCS / folder).rglob('*') if p.is_file()]
     for old in there:
-        if old.suffix != '.html' and old.relative_to(DOCS).as_posix() not in links.files:
+        if old.suffix != '.html' and old.relative_to(DOCS).as_posix() not in files:
             old.unlink()
-    for name in links.files:
-        source, there = ROOT / name, DOCS / name
+    for name, origin in files.items():
+        source, there = ROOT / origin, DOCS / name
         if there.exists() and there.stat().st_mtime >= source.stat().st_mtime:
             continue
         there.parent.mkdir(parents=True, exist_ok=True)

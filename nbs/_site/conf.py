@@ -57,10 +57,12 @@ def about(app):
 
 
 def linkcode_resolve(domain, info):
-    "Give a name's source at the repository's home, as nbdev links it."
+    "Give a name's source at the repository's home, as nbdev links it; None where none is known."
     from nbdev.doclinks import NbdevLookup, _get_exps
 
     found = NbdevLookup()[f'{info["module"]}.{info["fullname"]}']
+    if not _settings['git_url']:
+        return None
     if not isinstance(found, tuple):
         return None
     _, path, address = found

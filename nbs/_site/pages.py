@@ -224,7 +224,8 @@ class Links:
         self.pages = pages()
         self.files = shipped()
         self.site = site_address()
-        self.git = read['git_url']
+        self.git = read['git_url'].rstrip('/')  # '': the repository has no home that is known
+        self.beside = {}  # where there is none: a file that a page links to, by its place here
         self.branch = read['branch']
 
     def __call__(self, link: str, page: Page) -> str:
@@ -246,7 +247,18 @@ class Links:
             raise ValueError(
                 f'{page.source}: a link to {link}, but there is no {path} in the repository'
             )
-        return self.at_home(path)
+        return self.at_home(path) if self.git else self.carried(path, page)
+
+    def carried(self, path: str, page: Page) -> str:
+        "Let the site carry a file that no repository's home shows. Raises `ValueError`."
+        if page.shows_runs or not is_file_in(ROOT, ROOT / path):
+            raise ValueError(
+                f'{page.source}: a link to {path}, which only the home of the repository could '
+                'show: set git_url in settings.ini'
+            )
+        name = f'files/{path.lstrip(".")}'  # GitHub's pages leave out .github/
+        self.beside[name] = path
+        return page.up + in_address(name)
 
     def moved(self, path: str) -> str:
         "Find by its name a room that an executed run linked to and that has moved since."
@@ -258,12 +270,14 @@ class Links:
         return found[0] if len(found) == 1 else path
 
     def at_home(self, path: str, verb: str = 'blob') -> str:
-        "Give a file's address at the repository's home."
-        return f'{self.git}/{verb}/{self.branch}/{in_address(path)}'
+        "Give a file's address at the repository's home; '' where none is known."
+        return self.git and f'{self.git}/{verb}/{self.branch}/{in_address(path)}'
 
     def colab(self, path: str) -> str:
-        "Give the address at which Colab opens a notebook."
+        "Give the address at which Colab opens a notebook; '' where it could not find it."
         repository = self.git.removeprefix('https://github.com/')
+        if repository == self.git:
+            return ''
         at = f'{repository}/blob/{self.branch}/{in_address(path)}'
         return f'https://colab.research.google.com/github/{at}'
 
