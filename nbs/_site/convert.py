@@ -11,6 +11,7 @@ from pages import LenientLinks, Page
 from prose import front_matter, headings, markdown, relinked, said, without_comments
 from safety import fenced, from_markdown, from_output, in_words
 
+DRAWN = re.compile(r'\bplt\.(?:subplots|figure)\(')  # by hand: the code tells nothing of a method
 PROGRESS = re.compile(r'\d+%\|.*\|')  # a progress bar, however far it came
 # a listing that says its language, as HTML
 LISTING = re.compile(
@@ -149,8 +150,9 @@ def folding(found: dict, source: str, page: Page) -> list[str]:
     "Say by MyST-NB's tags whether a cell's code is seen, one click away, or not at all."
     if found.get('echo') == 'false' or not source:
         return ['remove-input']
-    # who reads a report wants its tables
-    folded = found.get('code-fold') == 'true' or page.section == 'Reports'
+    marked = found.get('code-fold') == 'true'
+    # who reads a report wants its tables; a run may be older than its notebook's marks
+    folded = marked or page.section == 'Reports' or page.is_run and DRAWN.search(source)
     return ['hide-input'] if folded else []
 
 
