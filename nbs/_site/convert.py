@@ -6,7 +6,7 @@ import html
 import json
 import re
 from pathlib import Path
-from figures import alt_text
+from figures import alt_text, is_plot
 from pages import LenientLinks, Page
 from prose import front_matter, headings, markdown, relinked, said, without_comments
 from safety import fenced, from_markdown, from_output, in_words
@@ -160,8 +160,10 @@ def picture(images: list[dict], alt: str) -> dict:
     "Tell MyST-NB how a cell's pictures are shown."
     widest = max(map(width, images))
     out = dict(alt=alt)
-    if widest > 600:
-        out['classes'] = 'wide'
+    plots = all(is_plot(output['data']['image/png']) for output in images)
+    marks = dict(wide=widest > 600, plot=plots)
+    if any(marks.values()):
+        out['classes'] = ' '.join(name for name, holds in marks.items() if holds)
     if images[0].get('metadata'):
         # drawn for a sharp screen, with more pixels than its width; 16: the padding
         out['width'] = f'{widest + 16}px'

@@ -1,12 +1,20 @@
-"""What a picture shows, in words, for those who do not see it."""
+"""What a picture shows: in words, for those who do not see it, and whether it is a plot."""
 
 import ast
+import base64
 import functools
+import io
 import re
+import numpy as np
+from PIL import Image
 from pages import ROOT
 from prose import said
 
 LONGEST = 300  # letters of a description
+WHITE, DARK = 250, 90  # of 255: a plot's ground, and its axes
+GROUND = 0.4  # a plot's share of white, at least
+COMMON, SHADES = 12, 0.15  # colours, and the largest share of what has none of them
+AXIS = 0.15  # the length of an axis, of the picture's width or height, at least
 
 
 def call_of(owner: str, function: str) -> str:
@@ -87,3 +95,44 @@ def alt_text(source: str, before: str, heading: str, directive: str = '') -> str
     parts = [drawn or f'Figure: {heading}', leading]
     text = '. '.join(part.rstrip('.') for part in parts if part)
     return text if len(text) <= LONGEST else text[:LONGEST].rpartition(' ')[0] + ' …'
+
+
+# plots
+
+
+def pixels(png: str) -> np.ndarray:
+    "Read a PNG, in base64, on a white ground: (height, width, 3), 0 to 255."
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGBA')
+    ground = Image.new('RGBA', image.size, 'white')
+    return np.asarray(Image.alpha_composite(ground, image).convert('RGB'))
+
+
+def longest_run(marked: np.ndarray) -> int:
+    "Give the length of the longest row of marked pixels: (height, width), bool."
+    length, longest = np.zeros(len(marked), int), 0
+    for column in marked.T:
+        length = (length + 1) * column
+        longest = max(longest, int(length.max()))
+    return longest
+
+
+def shades(image: np.ndarray) -> float:
+    "Give the share of pixels that have none of a picture's few common colours, to 32 levels each."
+    coarse = (image >> 3).astype(int)
+    index = (coarse[..., 0] << 10) + (coarse[..., 1] << 5) + coarse[..., 2]
+    counts = np.sort(np.bincount(index.ravel()))
+    return 1 - counts[-COMMON:].sum() / index.size
+
+
+def is_plot(png: str) -> bool:
+    """Say whether a picture is a plot, whose lightness a dark page may turn round.
+
+    A plot is mostly white, has few colours and long straight dark lines, its axes. Photographs and
+    heat maps have many colours; drawn characters have no axes.
+    """
+    image = pixels(png)
+    if (image.min(-1) >= WHITE).mean() < GROUND or shades(image) > SHADES:
+        return False
+    dark = image.max(-1) < DARK
+    height, width = dark.shape
+    return longest_run(dark) > AXIS * width and longest_run(dark.T) > AXIS * height
