@@ -29,6 +29,7 @@ html_baseurl = site_address()
 html_static_path = ['static']
 templates_path = ['templates']
 html_css_files = ['site.css']
+html_js_files = ['site.js']
 html_favicon = html_logo = 'static/favicon.svg'
 html_show_sourcelink = html_copy_source = html_use_index = False
 html_math_renderer = 'mathml'
@@ -60,9 +61,9 @@ def linkcode_resolve(domain, info):
     "Give a name's source at the repository's home, as nbdev links it; None where none is known."
     from nbdev.doclinks import NbdevLookup, _get_exps
 
-    found = NbdevLookup()[f'{info["module"]}.{info["fullname"]}']
     if not _settings['git_url']:
         return None
+    found = NbdevLookup()[f'{info["module"]}.{info["fullname"]}']
     if not isinstance(found, tuple):
         return None
     _, path, address = found
