@@ -121,7 +121,7 @@ def state() -> dict:
     "Say when each file that the site is made of was last written."
     results = (ROOT / 'runs').glob('*/*/result.json')
     notebooks = (ROOT / 'nbs').rglob('*.ipynb')
-    return saved([*notebooks, *HERE.rglob('*.css'), *HERE.rglob('*.svg'), *results])
+    return saved([*notebooks, *HERE.glob('static/*.*'), *results])
 
 
 def attempt():
