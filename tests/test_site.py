@@ -4,10 +4,13 @@ It takes minutes, so it is a target of its own: `make test-site`.
 """
 
 import base64
+import colorsys
 import contextlib
 import functools
 import hashlib
+import html
 import http.server
+import io
 import json
 import math
 import os
@@ -233,7 +236,30 @@ CHECKS = dict(
     resultTypes=['violations'],
 )
 DESK = dict(width=1280, height=900)
+WIDE_DESK = dict(width=1440, height=900)
 PHONE = dict(width=390, height=844)
+
+# of each block of code: whether it scrolls sideways, its longest line, its lines and those shown
+BLOCKS = r'''() => {
+  const closed = [...document.querySelectorAll('article details:not([open])')];
+  for (const details of closed) details.open = true;
+  const out = [];
+  for (const pre of document.querySelectorAll('article .highlight pre')) {
+    let scrolls = false;
+    for (let e = pre; e.tagName !== 'ARTICLE'; e = e.parentElement)
+      if (e.matches('pre, .highlight, .highlight *, [class*=highlight-], .output'))
+        scrolls ||= e.scrollWidth > e.clientWidth + 1;
+    const style = getComputedStyle(pre);
+    const around = parseFloat(style.paddingTop) + parseFloat(style.paddingBottom);
+    const lines = pre.textContent.replace(/\n$/, '').split('\n');
+    out.push({
+      scrolls,
+      longest: Math.max(...lines.map(line => line.length)),
+      lines: lines.length,
+      shown: Math.round((pre.clientHeight - around) / parseFloat(style.lineHeight)),
+      begins: pre.textContent.slice(0, 60)}); }
+  for (const details of closed) details.open = false;
+  return out}'''
 
 
 def violations(page, name):
@@ -304,6 +330,9 @@ def seen(browser, address, names):
         out[name] = looked | dict(said=heard.said[:], asked=heard.asked[:])
         page.set_viewport_size(PHONE)
         out[name]['wide'] = page.evaluate(WIDTH)
+        out[name]['on a phone'] = page.evaluate(BLOCKS)
+        page.set_viewport_size(WIDE_DESK)
+        out[name]['on a desk'] = page.evaluate(BLOCKS)
         page.set_viewport_size(DESK)
         if name not in runs[2:]:
             out[name]['faults'] = faults(page, name)
@@ -376,18 +405,91 @@ def test_pages_say_what_they_are(seen):
     links = Links()
     pages = {name: page for name, page in seen.items() if page['actions']}
     assert {page.name for page in links.pages.values()} <= set(pages)
-    colab = links.git.replace('https://', 'https://colab.research.google.com/')
-    colab = colab.replace('github.com', 'github') + '/blob/main/'
     for name, page in pages.items():
         actions = dict(page['actions'])
         assert page['description'], name
-        assert {'Download notebook', 'Open in Colab'} <= set(actions), name
-        assert actions['Open in Colab'].startswith(colab), name
-        assert 'Edit' in actions or name.startswith('runs/'), name
+        assert 'Download notebook' in actions, name
+        assert ('Open in Colab' in actions) == bool(links.git), name
+        assert ('Edit' in actions) == (bool(links.git) and not name.startswith('runs/')), name
+
+
+def test_no_page_links_to_a_repository_that_is_not_there(seen):
+    from pages import Links, settings
+
+    read = settings()
+    home = f'github.com/{read["user"]}/{read["repo"]}'
+    away = {}
+    for name, page in seen.items():
+        links = [*page['links'], *(link for _, link in page['actions'])]
+        away[name] = [link for link in links if home in link or 'colab.research' in link]
+    assert Links().git or not any(away.values()), {k: v for k, v in away.items() if v}
 
 
 def test_phone_pages_do_not_scroll_sideways(seen):
     assert {name: page['wide'] for name, page in seen.items() if page['wide']} == {}
+
+
+LONGEST = 100  # columns of our code
+
+
+def test_no_code_scrolls_sideways(seen):
+    "On a desk our lines stand whole; a longer one, and all on a phone, is broken."
+    for where in ('on a desk', 'on a phone'):
+        blocks = [(name, block) for name, page in seen.items() for block in page[where]]
+        assert len(blocks) > 2000
+        assert [(name, block) for name, block in blocks if block['scrolls']] == []
+    for name, page in seen.items():
+        for block in page['on a desk']:
+            whole = block['shown'] == block['lines']
+            assert whole or block['longest'] > LONGEST, (name, block)
+
+
+@pytest.fixture
+def clipboard_page(browser, address):
+    "A page that may read what it has copied."
+    context = browser.new_context(viewport=DESK)
+    context.grant_permissions(['clipboard-read', 'clipboard-write'], origin=address)
+    yield context.new_page()
+    context.close()
+
+
+@pytest.mark.parametrize('way', ['clipboard', 'selection'])
+def test_code_is_copied_by_keyboard(clipboard_page, address, way):
+    "By the browser's clipboard, or by a selection where the page may not write to it."
+    from playwright.sync_api import expect
+
+    page = clipboard_page
+    heard = Complaints(page)
+    if way == 'selection':
+        page.add_init_script('Clipboard.prototype.writeText = () => Promise.reject()')
+    page.goto(f'{address}reports/mamlpp.html')  # which has a policy
+    page.evaluate("document.querySelector('article details').open = true")
+    focused = 'document.activeElement.className'
+    for _ in range(300):
+        page.keyboard.press('Tab')
+        if page.evaluate(focused) == 'copy':
+            break
+    button = page.locator('.copy:focus')
+    assert button.inner_text() == 'Copy' and button.get_attribute('aria-label') == 'Copy this code'
+    assert button.evaluate('e => getComputedStyle(e).opacity') == '1'
+    page.keyboard.press('Enter')
+    expect(page.get_by_role('status')).to_have_text('Copied')
+    expect(button).to_have_text('Copied')
+    code = button.evaluate("e => e.parentElement.querySelector('pre').textContent")
+    assert page.evaluate('navigator.clipboard.readText()') == code.rstrip('\n') != ''
+    expect(button).to_have_text('Copy')
+    assert heard.said == []
+
+
+def test_what_one_runs_can_be_copied_and_what_was_printed_not(browser, address):
+    page = browser.new_page()
+    page.goto(f'{address}howto/listings.html')
+    code = page.locator('.cell_input .copy, .cell_output > [class*=highlight-c] .copy')
+    assert code.count() == 5, 'three cells and two listings'
+    page.goto(f'{address}howto/cluster.html')
+    assert page.locator('.cell_output .output').count() > 3
+    assert page.locator('.cell_output .output .copy').count() == 0
+    page.close()
 
 
 READING_ORDER = '''
@@ -430,6 +532,117 @@ def test_search_finds_hidra(browser, address):
     page.close()
     assert any(link.startswith('learners/hidra.html') for link in found[:8]), found
     assert any(link.startswith('reports/hidra.html') for link in found), found
+
+
+FIRST_HITS = {
+    'install': 'index',
+    'GPU': 'engine/plans',
+    'save a learner': 'training/saving',
+    'load a model': 'training/saving',
+    'my own images': 'howto/your_images',
+    'resume': 'training/checkpoints',
+    'Slurm': 'howto/cluster',
+    'citation': 'index',
+}
+
+
+@pytest.mark.parametrize('asked', FIRST_HITS)
+def test_search_finds_what_readers_ask(browser, address, asked):
+    from playwright.sync_api import expect
+
+    page = browser.new_page()
+    page.goto(f'{address}search.html?q={urllib.parse.quote(asked)}')
+    first = page.locator('#search-results ul.search li a').first
+    first.wait_for(timeout=20_000)
+    expect(page.locator('.search-summary')).to_contain_text('found', timeout=20_000)
+    found = first.get_attribute('href')
+    page.close()
+    assert found.startswith(f'{FIRST_HITS[asked]}.html'), found
+
+
+SWATCHES = {  # of seaborn's, matplotlib's and Okabe's colours, those that our plots draw with
+    'C0': '#1f77b4',
+    'C1': '#ff7f0e',
+    'C2': '#2ca02c',
+    'C3': '#d62728',
+    'C4': '#9467bd',
+    'blue': '#0072b2',
+    'vermilion': '#d55e00',
+    'green': '#009e73',
+    'purple': '#cc79a7',
+    'gray': '#7f7f7f',
+    'black': '#000000',
+}
+
+
+def picture_of(colours):
+    "A PNG, in base64, of a white ground and squares of these colours."
+    from PIL import Image
+
+    image = Image.new('RGB', (60 * len(colours) + 60, 120), 'white')
+    for i, colour in enumerate(colours):
+        image.paste(colour, (60 * i + 60, 30, 60 * i + 100, 90))
+    out = io.BytesIO()
+    image.save(out, 'PNG')
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def shown_pixels(locator):
+    "What a browser shows of an element: (height, width, 3), 0 to 1."
+    import numpy as np
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(locator.screenshot())).convert('RGB')
+    return np.asarray(image) / 255
+
+
+def luminance(colour):
+    "Relative luminance, as the rules on contrast define it."
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a, b):
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize('theme', ['auto', 'dark'])
+def test_plots_are_dark_on_a_dark_page_and_keep_their_colours(browser, address, theme):
+    "A plot's ground is near the page's, what it draws stands out, and hues stay where they were."
+    page = browser.new_page(viewport=DESK, color_scheme='dark' if theme == 'auto' else 'light')
+    page.goto(f'{address}training/evaluation.html')
+    page.evaluate('theme => { document.body.dataset.theme = theme }', theme)
+    plot = page.locator('div.cell_output img.plot').first
+    source = f'data:image/png;base64,{picture_of(SWATCHES.values())}'
+    show = '(e, source) => { e.src = source; e.style.padding = 0; return e.decode() }'
+    plot.evaluate(show, source)
+    shown = shown_pixels(plot)
+    scale = shown.shape[1] / (60 * len(SWATCHES) + 60)
+    middle = shown[shown.shape[0] // 2]
+    ground = middle[int(20 * scale)]
+    assert luminance(ground) < 0.02
+    for i, (name, colour) in enumerate(SWATCHES.items()):
+        drawn = middle[int((60 * i + 80) * scale)]
+        before = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+        assert contrast(drawn, ground) >= (7 if name == 'black' else 3), name
+        (h0, _, s0), (h1, _, s1) = (colorsys.rgb_to_hls(*c) for c in (before, drawn))
+        turned = abs((h0 - h1 + 0.5) % 1 - 0.5) * 360
+        assert s0 < 0.05 and s1 < 0.05 or turned < 30, (name, turned)
+    page.close()
+
+
+def test_no_picture_glares_on_a_dark_page(browser, address):
+    "Plots are turned round, and what has images in it is toned down."
+    page = browser.new_page(viewport=DESK, color_scheme='dark')
+    for name, is_plot in (('training/evaluation', True), ('data/glyphs', False)):
+        page.goto(f'{address}{name}.html')
+        picture = page.locator('div.cell_output img').first
+        picture.evaluate('e => { e.loading = "eager"; return e.decode() }')
+        assert ('plot' in picture.get_attribute('class')) == is_plot, name
+        bright = (shown_pixels(picture).min(-1) > 0.85).mean()
+        assert bright < 0.05, (name, bright)
+    page.close()
 
 
 @pytest.mark.parametrize('theme', ['light', 'dark'])
@@ -534,6 +747,64 @@ def test_c_is_highlighted_and_folded_code_keeps_its_output(docs):
     before, _, folded = text.partition('<details class="admonition hide')
     code, _, output = folded.partition('</details>')
     assert 'listing_as_html' in before and 'folded' in code and 'what it gave' in output
+
+
+def test_all_of_the_c_is_shown_and_highlighted(docs):
+    text = page_text(docs, 'engine/kernels')
+    listings = re.findall(r'(?s)<div class="highlight-c notranslate">.*?</pre>', text)
+    assert len(listings) > 10 and all('<span class="k' in listing for listing in listings)
+    shown = html.unescape(re.sub(r'<[^>]+>', '', '\n'.join(listings)))
+    shown = {line.strip() for line in shown.splitlines()}
+    source = (ROOT / 'fewshotmeta' / 'engine' / 'kernels.c').read_text(encoding='ascii')
+    _, mark, parts = source.partition('/* == ')
+    lines = {line.strip() for line in (mark + parts).splitlines() if '/* == ' not in line}
+    assert len(lines) > 500 and lines - shown == set()
+
+
+def test_the_line_under_a_title_is_whole(docs):
+    "As the notebook has it."
+    from pages import Links
+    from prose import said
+
+    for page in Links().pages.values():
+        if page.is_run:
+            continue
+        cells = json.loads((ROOT / page.source).read_text(encoding='utf-8'))['cells']
+        quote = re.search(r'\n> (.*?)(\n\s*\n|$)', ''.join(cells[0]['source']), re.S)[1]
+        lead = re.search(r'(?s)<p class="lead">(.*?)</p>', page_text(docs, page.name))[1]
+        lead = html.unescape(re.sub(r'<[^>]+>', '', lead))
+        letters = [re.sub(r'\W+', '', words) for words in (said(quote), lead)]
+        assert letters[0] == letters[1] != '', page.name
+
+
+def test_no_argument_stands_in_the_row_of_what_is_returned(docs):
+    "`**maml` of `mamlpp`, say, which has a comment and stands before the arrow."
+    text = page_text(docs, 'learners/mamlpp')
+    table = text.partition('id="fewshotmeta.learners.mamlpp.mamlpp"')[2].partition('</table>')[0]
+    rows = re.findall('(?s)<tr.*?</tr>', table)
+    rows = [re.sub(r'\s+', ' ', html.unescape(re.sub('<[^>]+>', ' ', row))).strip() for row in rows]
+    assert [row for row in rows if row.startswith('**maml')] == [
+        '**maml MAML ’s other arguments'
+    ], rows
+    assert not [row for row in rows if row.startswith('returns')]
+
+
+def test_runs_say_which_inner_step_their_number_is_after(docs):
+    "In the list of runs, and on the page of each, which has the others, too."
+    listed = page_text(docs, 'runs/index')
+    assert listed.count('after inner step') >= listed.count('<table') > 10
+    rows = re.findall(r'(?s)<tr.*?</tr>', listed)
+    cells = [re.findall(r'(?s)<td.*?</td>', row) for row in rows]
+    cells = [[re.sub('<[^>]+>', '', cell).strip() for cell in row] for row in cells if row]
+    unknown = [row for row in cells if row[3] and not row[4].isdigit()]
+    assert {row[1] for row in unknown} <= {'neurons', 'gaussians'}, unknown
+    run = ROOT / 'runs' / 'hidra_t2' / 'hidra_10_rate0.4_long_seed0'
+    metrics = json.loads((run / 'result.json').read_text(encoding='utf-8'))['metrics']
+    text = re.sub('<[^>]+>', '', page_text(docs, run.relative_to(ROOT).as_posix()))
+    assert '10-way, after inner step 3' in text
+    for step in range(4):
+        found = metrics[f'accuracy_10way_step{step}']
+        assert f'{step}: {100 * found["mean"]:.2f} ± {100 * found["ci95"]:.2f}' in text
 
 
 # what changes it
@@ -1079,8 +1350,13 @@ def page_named(links, name):
     return next(page for page in links.pages.values() if page.name == name)
 
 
-def test_links_go_to_pages_files_or_home_and_nowhere_else(links):
+HOME = 'https://github.com/someone/fewshotmeta'
+
+
+def test_links_go_to_pages_files_or_home_and_nowhere_else(links, monkeypatch):
     from prose import markdown
+
+    monkeypatch.setattr(links, 'git', HOME)
 
     report = page_named(links, 'reports/mamlpp')
     maml = page_named(links, 'learners/maml')
@@ -1097,6 +1373,35 @@ def test_links_go_to_pages_files_or_home_and_nowhere_else(links):
     wrong = r'_maml.ipynb: a link to 1_maml.ipynb, but there is no nbs/learners/1_maml.ipynb'
     with pytest.raises(ValueError, match=wrong):
         links('1_maml.ipynb', maml)
+
+
+def test_a_repository_with_a_home_is_edited_and_opened_there(links, monkeypatch):
+    monkeypatch.setattr(links, 'git', HOME)
+    assert links.at_home('nbs/index.ipynb', 'edit') == f'{HOME}/edit/main/nbs/index.ipynb'
+    opened = 'https://colab.research.google.com/github/someone/fewshotmeta/blob/main/'
+    assert links.colab('nbs/index.ipynb') == f'{opened}nbs/index.ipynb'
+    monkeypatch.setattr(links, 'git', 'https://elsewhere.org/fewshotmeta')
+    assert links.colab('nbs/index.ipynb') == '', 'Colab opens what lies on GitHub'
+
+
+def test_without_a_home_the_site_carries_what_its_own_pages_link_to(links, monkeypatch):
+    "A run, which anyone may have committed, makes it carry nothing."
+    from runs import commit_link
+
+    monkeypatch.setattr(links, 'git', '')
+    monkeypatch.setattr(links, 'beside', {})
+    assert links.at_home('Makefile') == links.colab('nbs/index.ipynb') == ''
+    maml = page_named(links, 'learners/maml')
+    link = links('../../.github/CONTRIBUTING.md#here', maml)
+    assert link == '../files/github/CONTRIBUTING.md'
+    assert links.beside == {'files/github/CONTRIBUTING.md': '.github/CONTRIBUTING.md'}
+    with pytest.raises(ValueError, match='set git_url in settings.ini'):
+        links('..', maml)
+    run = next(page for page in links.pages.values() if page.is_run)
+    with pytest.raises(ValueError, match='a link to settings.ini, which only the home'):
+        links('../../settings.ini', run)
+    assert len(links.beside) == 1
+    assert commit_link(dict(commit='0123456789'), links) == '`0123456`'
 
 
 def test_a_run_keeps_its_links_when_a_room_moves(links):
@@ -1216,6 +1521,32 @@ def test_folded_cells_are_folded_and_keep_their_outputs(links):
     assert exported['source'].startswith('<details class="exported" open><summary>')
 
 
+def test_what_draws_by_hand_is_folded(links):
+    """A figure is seen without its code. A run may be older than the marks in its notebook.
+
+    Pages of methods and how-tos show what their authors want to be seen.
+    """
+    from convert import DRAWN, code, directives
+
+    shown = []
+    for page in links.pages.values():
+        own = re.match(r'nbs/(learners/1|howto/|reports/)', page.source)
+        if page.is_run or own:
+            continue
+        nb = json.loads((ROOT / page.source).read_text(encoding='utf-8'))
+        for cell in nb['cells']:
+            found, source = directives(''.join(cell['source']))
+            pictures = [o for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})]
+            folded = found.get('code-fold') == 'true' or found.get('echo') == 'false'
+            if pictures and DRAWN.search(source) and not folded:
+                shown.append((page.name, cell['id']))
+    assert shown == []
+    run = next(page for page in links.pages.values() if page.is_run)
+    for source, folded in (('plt.subplots(1, 2)', True), ('result.plot()', False)):
+        tags = code(code_cell(source), run, links)['metadata']['tags']
+        assert ('hide-input' in tags) == folded
+
+
 def test_the_line_under_a_title_is_one():
     "nbdev reads one physical line; the rest would be lost."
     for path in (ROOT / 'nbs').rglob('*.ipynb'):
@@ -1251,6 +1582,35 @@ def test_pictures_in_words():
     assert alt_text(source, before, 'H') == words
     assert alt_text('plot()', '', 'The **head**') == 'Figure: The head'
     assert alt_text('plot()', 'x', 'y', 'said in the cell') == 'said in the cell'
+
+
+def as_png(figure):
+    "A figure as the cells of a notebook give it."
+    out = io.BytesIO()
+    figure.savefig(out, dpi=100, bbox_inches='tight')
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def test_plots_are_told_from_pictures_of_things():
+    import numpy as np
+    from figures import is_plot
+    from matplotlib.figure import Figure
+    from fewshotmeta.data.glyphs import glyphs
+
+    figure = Figure(figsize=(5, 3))
+    for ax in figure.subplots(1, 3):
+        ax.plot([1, 3, 2], color='#0072B2')
+        ax.set(xlabel='inner steps', ylabel='accuracy')
+    assert is_plot(as_png(figure))
+    images = glyphs('test').images
+    characters = Figure(figsize=(5, 3))
+    colours = Figure(figsize=(5, 3))
+    for i, ax in enumerate(characters.subplots(3, 5).flat):
+        ax.imshow(images[20 * i, 0].numpy(), cmap='gray_r')
+        ax.axis('off')
+    colours.subplots().imshow(np.random.default_rng(0).random((28, 28, 3)))
+    assert not is_plot(as_png(characters))
+    assert not is_plot(as_png(colours))
 
 
 def test_functions_that_draw_say_what(links):
@@ -1353,6 +1713,43 @@ def test_a_name_belongs_to_the_notebook_that_exports_it(monkeypatch):
     monkeypatch.setattr(processing.Documented, 'home', 'fewshotmeta.training.fit')
     assert processing.module_of(run_beside) == 'fewshotmeta.training.fit'
     assert processing.module_of(task_losses) == 'fewshotmeta.learners.maml'
+
+
+def test_an_argument_that_stands_for_several_has_its_row():
+    "It has its comment, and what is returned has none of it."
+    from processing import rows, table
+
+    def f(
+        a,  # the first
+        *others: int,  # more of them
+        **options,  # what is left
+    ) -> int:
+        return a
+
+    assert rows(f) == [
+        ('a', '', 'the first'),
+        ('*others', 'int', 'more of them'),
+        ('**options', '', 'what is left'),
+    ]
+    assert r'| **\*\*options** |  | what is left |' in table(rows(f))
+
+
+def test_the_inner_step_of_a_number():
+    from runs import by_step, in_steps, step_of
+
+    def result(headline, **metrics):
+        measured = {name: dict(mean=mean, ci95=None, n=8) for name, mean in metrics.items()}
+        return dict(metrics=measured | dict(test_accuracy=dict(mean=headline, ci95=None, n=8)))
+
+    one = result(0.75, accuracy_step_0=0.2, accuracy_step_1=0.75, accuracy_step_10=0.75)
+    assert step_of(one) == 10, 'the last that has this number'
+    assert in_steps(one) == 'after inner step 10'
+    ways = result(0.5, accuracy_2way_step1=0.75, accuracy_5way_step0=0.2, accuracy_5way_step1=0.5)
+    assert in_steps(ways) == '5-way, after inner step 1'
+    assert list(by_step(ways)[1]) == [0, 1]
+    assert in_steps(result(0.5, accuracy_step_0=0.5)) == 'without an inner step'
+    assert in_steps(result(0.5, accuracy_step_0=0.25)) == ''
+    assert in_steps(dict(metrics={})) == ''
 
 
 # the pieces: equations
