@@ -455,10 +455,12 @@ def test_the_runs_stay_under_60_megabytes():
 
 
 def test_the_guide_to_the_runs_names_each_folder():
-    "The folders of the table, in `runs/README.md`, are those that are there; each has its batch file."
-    rows = re.findall(r'^\| `(\w+)` \| (.*?) \|', (ROOT / 'runs' / 'README.md').read_text(), re.M)
+    "The folders in `runs/README.md` are those that are there, and each has its batch file."
+    text = (ROOT / 'runs' / 'README.md').read_text()
+    rows = re.findall(r'^\| `(\w+)` \| (.*?) \|', text, re.M)
     named = [name for name, _ in rows]
-    assert sorted(named) == sorted({path.relative_to(ROOT).parts[1] for path in TRACKED} - {'README.md'})
+    there = {path.relative_to(ROOT).parts[1] for path in TRACKED}
+    assert sorted(named) == sorted(there - {'README.md'})
     for name, what in rows:
         assert (ROOT / 'nbs' / 'experiments' / f'{name}.yaml').is_file() or 'no runs' in what, name
 
