@@ -213,7 +213,7 @@ def test_metrics_without_tasks(seeds):
 def test_a_file_of_tasks_that_is_missing_or_of_another_run(seeds):
     one, two = (seeds / 'table' / f'{m}_1shot_short_seed1' for m in ('maml', 'hidra'))
     shutil.copy(one / 'tasks.csv', two / 'tasks.csv')
-    with pytest.raises(BadFile, match='not of the result beside it'):
+    with pytest.raises(BadFile, match='belongs to another result'):
         compare([MAML, HIDRA], runs=seeds)
     (two / 'tasks.csv').unlink()
     with pytest.raises(ValueError, match='has no tasks.csv.*run it again with --force'):

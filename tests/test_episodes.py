@@ -256,7 +256,7 @@ SLIPS = [
         lambda a: {k: np.moveaxis(a[k], 2, 4) for k in ('xs', 'xq')},
         r'xs has images of \(20, 20, 3\): channels come before',
     ),
-    (lambda a: dict(xs=a['xs'][:, :0], ys=a['ys'][:, :0]), 'xs has shape .*there is no image'),
+    (lambda a: dict(xs=a['xs'][:, :0], ys=a['ys'][:, :0]), 'xs has shape .*it contains no image'),
     (lambda a: dict(ys=a['ys'][:, :5]), r'ys has shape \(2, 5\).*expected \(2, 6\); each image'),
     (lambda a: dict(ys=a['ys'][0]), r'ys has shape \(6,\).*a single task is ys\[None\]'),
     (lambda a: dict(ys=np.eye(3)[a['ys']]), r'one-hot rows are ys.argmax\(-1\)'),
