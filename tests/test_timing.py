@@ -309,3 +309,17 @@ def test_some_candidates_and_each_case_kept(monkeypatch):
     result = bench(only=('ours*', 'plain*'), without=('ours, *', '*graph'), **how)
     assert {row['candidate'] for row in result['rows']} == {'ours', 'plain loop'}
     assert kept == [['case 0'] * 4, ['case 0'] * 4 + ['case 1'] * 4]
+
+
+def test_a_case_that_no_candidate_runs_is_left_out(monkeypatch):
+    adaptation = Case('at test time', **SMALL, adapt=True)
+    for name, cases in dict(CASES=[Case('small', **SMALL)], ADAPTATION=[adaptation], LONG=[]).items():
+        monkeypatch.setattr(bench_room, name, cases)
+    for name, value in dict(conv_ceiling=100.0, _start_up={}).items():
+        monkeypatch.setattr(bench_room, name, lambda *_, value=value: value)
+    how = dict(rounds=1, memory=False, curves=False, say=len, only=('ours, threads',))
+    result = bench(**how)
+    assert [case['name'] for case in result['cases']] == ['small']
+    assert {row['case'] for row in result['rows']} == {'small'}
+    with pytest.raises(ValueError, match="ours, threads.*is timed on a case of 'at test time'"):
+        bench('at test time', **how)

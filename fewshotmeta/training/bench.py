@@ -99,8 +99,7 @@ def _row(case, name, keep, seconds, ceilings):
 
 def _measure(case, pairs, rounds, memory, device, ceilings, say):
     "Measure the rows of one case and print each as it is done."
-    runs = [(name, keep) for name, keep in pairs if CANDIDATES[name].can_run(case, device)]
-    times = interleaved(runs, case, rounds, min(1, rounds - 1), device)
+    times = interleaved(pairs, case, rounds, min(1, rounds - 1), device)
     rows = []
     for (name, keep), seconds in times.items():
         row = _row(case, name, keep, seconds, ceilings)
@@ -219,6 +218,14 @@ def _candidates(pairs, only, without):
     return [(name, keep) for name, keep in pairs if name in chosen]
 
 
+def _timed(case, pairs, quick, device):
+    "Select the candidates that are timed on a case: few of them if a case is quick or long."
+    if quick or case in LONG:
+        cpu = torch.device(device).type == 'cpu'
+        pairs = [p for p in pairs if p in (('ours', cpu), ('ours, recomputed', cpu))]
+    return [(name, keep) for name, keep in pairs if CANDIDATES[name].can_run(case, device)]
+
+
 def _check_device(device):
     "Refuse a device that the bench cannot time or that does not exist."
     kind = torch.device(device)
@@ -257,15 +264,16 @@ def bench(
 ) -> dict:  # everything measured; `save_bench` writes it
     "Time our plans and the peers on every case, in turns. Raises `ValueError`."
     _check_device(device)
-    chosen, cpu = _chosen(cases, quick), torch.device(device).type == 'cpu'
-    pairs = _candidates(PAIRS if cpu else ON_GPU, only, without)
+    pairs = _candidates(PAIRS if torch.device(device).type == 'cpu' else ON_GPU, only, without)
+    each = {case: _timed(case, pairs, quick, device) for case in _chosen(cases, quick)}
+    chosen = [case for case, some in each.items() if some]
+    if not chosen:
+        raise ValueError(f'none of {only} is timed on a case of {cases!r}: choose more of either')
     result = _begun(device, chosen, pairs, say)
     for case in chosen:
-        some, n = pairs, rounds
-        if quick or case in LONG:
-            some, n = [p for p in pairs if p in (('ours', cpu), ('ours, recomputed', cpu))], 1
+        n = 1 if quick or case in LONG else rounds
         weigh = memory and not quick
-        result['rows'] += _measure(case, some, n, weigh, device, result['ceilings'], say)
+        result['rows'] += _measure(case, each[case], n, weigh, device, result['ceilings'], say)
         if after_each:
             after_each(result)
     if curves and not quick:
