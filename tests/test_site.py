@@ -393,7 +393,8 @@ def test_pictures_are_there_and_say_what_they_show(seen):
 
 
 def test_no_markup_shows(seen):
-    raw = re.compile(r'#\||:::|\{\.\w|\$|\\[a-zA-Z]{2,}|\]\(|\*\*|<!--|\{target=')
+    # `**options` is the name of an argument
+    raw = re.compile(r'#\||:::|\{\.\w|\$|\\[a-zA-Z]{2,}|\]\(|\*\*(?!\w)|<!--|\{target=')
     found = {name: raw.search(page['prose']) for name, page in seen.items()}
     assert {name: match.group() for name, match in found.items() if match} == {}
     assert [name for name, page in seen.items() if page['raw']] == []
@@ -863,7 +864,7 @@ def add_sentence(path, sentence):
 
 
 def test_only_what_changed_is_made_again(built, docs):
-    "One sentence more: its page is written, and the one that lists it; the others are left."
+    "One sentence more: its page is written, and the first, which has the tree; no other is."
     pages = pages_in(docs)
     before = {name: (docs / f'{name}.html').stat().st_mtime_ns for name in pages}
     add_sentence(source_of(built, 'learners/reptile'), 'A sentence that was not there.')
@@ -874,7 +875,7 @@ def test_only_what_changed_is_made_again(built, docs):
     assert 'A sentence that was not there.' in page_text(docs, 'learners/reptile')
     changed = {n for n in pages if (docs / f'{n}.html').stat().st_mtime_ns != before[n]}
     assert 'learners/reptile' in changed
-    assert changed <= {'learners/reptile', 'contents', 'search'}, changed
+    assert changed <= {'learners/reptile', 'index', 'search'}, changed
 
 
 def wait(what, seconds, say):

@@ -194,15 +194,16 @@ def described(cls) -> dict:
     return out
 
 
-def is_patched(value) -> bool:
-    "Whether `@patch` gave a class this member, which then has a description of its own."
+def is_patched(cls, value) -> bool:
+    "Whether `@patch` gave this class a member, which then has a description of its own."
     f = inspect.unwrap(function_of(value))
-    return f.__qualname__ != f.__code__.co_qualname
+    home = f.__qualname__.rpartition('.')[0]  # another class's method may be borrowed
+    return f.__qualname__ != f.__code__.co_qualname and home == cls.__qualname__
 
 
 def members(cls) -> str:
     "Write what a class's body defines, and list what `@patch` gives it below."
-    own = {name: value for name, value in described(cls).items() if not is_patched(value)}
+    own = {name: value for name, value in described(cls).items() if not is_patched(cls, value)}
     out = []
     for name, value in own.items():
         kind = 'property' if isinstance(value, property) else 'method'
