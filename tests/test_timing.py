@@ -313,8 +313,9 @@ def test_some_candidates_and_each_case_kept(monkeypatch):
 
 def test_a_case_that_no_candidate_runs_is_left_out(monkeypatch):
     adaptation = Case('at test time', **SMALL, adapt=True)
-    for name, cases in dict(CASES=[Case('small', **SMALL)], ADAPTATION=[adaptation], LONG=[]).items():
-        monkeypatch.setattr(bench_room, name, cases)
+    cases = dict(CASES=[Case('small', **SMALL)], ADAPTATION=[adaptation], LONG=[])
+    for name, some in cases.items():
+        monkeypatch.setattr(bench_room, name, some)
     for name, value in dict(conv_ceiling=100.0, _start_up={}).items():
         monkeypatch.setattr(bench_room, name, lambda *_, value=value: value)
     how = dict(rounds=1, memory=False, curves=False, say=len, only=('ours, threads',))

@@ -217,7 +217,7 @@ def _candidates(pairs, only, without):
         raise ValueError(f'only {only} without {without} leaves no candidate')
     return [(name, keep) for name, keep in pairs if name in chosen]
 
-
+# %% ../../nbs/training/08_bench.ipynb #94df8482
 def _timed(case, pairs, quick, device):
     "Select the candidates that are timed on a case: few of them if a case is quick or long."
     if quick or case in LONG:
