@@ -60,7 +60,7 @@ def check_trainable_ways(
 def check_one_number_of_ways(
     sampler,  # of the tasks of an accuracy
 ) -> None:
-    "Refuse a sampler whose tasks differ in their number of ways, since chance differs with it."
+    "Refuse a sampler whose tasks differ in their number of ways, and so in their chance level."
     low, high = sampler.way_range
     if low != high:
         raise ValueError(
