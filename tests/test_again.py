@@ -750,7 +750,7 @@ def test_a_record_of_another_form_says_nothing_of_what_began_it(interrupted, cha
     file = folder_of(interrupted) / '.origin.json'
     write_json(file, read_json(file) | change)
     assert begun_by(folder_of(interrupted)) == {}
-    with pytest.warns(UserWarning, match='what began it is not recorded'):
+    with pytest.warns(UserWarning, match='the code that began it is not recorded'):
         assert go_on(interrupted)['digest'] == {}
 
 
@@ -816,7 +816,7 @@ def test_force_begins_anew(interrupted):
 
 def test_what_an_older_version_began_continues_with_a_warning(interrupted):
     (folder_of(interrupted) / '.origin.json').unlink()
-    with pytest.warns(UserWarning, match='demo/one continues, but what began it is not recorded'):
+    with pytest.warns(UserWarning, match='demo/one continues, but the code that began it'):
         result = go_on(interrupted)
     assert result['digest'] == {}
     assert [result[name] for name in MAY_LACK] == [None] * 3

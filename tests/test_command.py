@@ -383,7 +383,7 @@ def test_gpus_are_those_that_are_visible(monkeypatch, visible, asked, given):
         monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
     assert C._visible(asked) == given
     where = f'under CUDA_VISIBLE_DEVICES={visible}' if visible else 'here'
-    words = f'--gpus 0,2: PyTorch sees 2 {where}: choose of numbers 0 to 1'
+    words = f'--gpus 0,2: PyTorch sees 2 {where}: choose from numbers 0 to 1'
     with pytest.raises(ValueError, match=words):
         C._visible((0, 2))
 

@@ -139,7 +139,7 @@ def _load(path):
 
 # %% ../../nbs/lab/06_batches.ipynb #962b2905
 def _valued(name, value, parameters, given, place):
-    "Return the value of a parameter that the file means."
+    "Return the value that the file means for a parameter."
     if name not in parameters:
         raise BadBatch(f'{place} no parameter {name!r}{did_you_mean(name, parameters)}')
     parameter = parameters[name]
@@ -332,7 +332,7 @@ class Planned:
 
     @property
     def name(self) -> str:
-        "`experiment/slug`."
+        "Return `experiment/slug`."
         return f'{self.experiment}/{self.slug}'
 
     @property

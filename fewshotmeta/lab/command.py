@@ -56,9 +56,15 @@ def _subcommand(subcommands, name, action, help):
 def _add_execution(parser):
     "Add the options that `run` and `batch` have in common."
     parser.add_argument('--runs', help=_RUNS)
-    again = 'repeat finished runs; old results stay until then (default: leave them alone)'
+    again = (
+        'repeat finished runs; an old result stays until the new one is complete '
+        '(default: leave them alone)'
+    )
     parser.add_argument('--force', action='store_true', help=again)
-    changes = 'continue runs that other code began, and record both (default: leave them alone)'
+    changes = (
+        'continue runs that other code began; the result then names both versions '
+        '(default: leave them alone)'
+    )
     parser.add_argument('--accept-changes', action='store_true', help=changes)
     stop = 'stop a run after this many minutes (default: 0, no limit)'
     parser.add_argument('--limit', type=float, default=0, metavar='MINUTES', help=stop)
@@ -355,8 +361,8 @@ def _check_gpus(numbers, count):
     here = 'here' if visible is None else f'under CUDA_VISIBLE_DEVICES={visible}'
     if not count:
         raise ValueError(f'{asked}: PyTorch sees no GPU {here}: leave --gpus out to use the CPU')
-    numbered = 'number 0' if count == 1 else f'numbers 0 to {count - 1}'
-    raise ValueError(f'{asked}: PyTorch sees {count} {here}: choose of {numbered}')
+    numbered = 'number 0' if count == 1 else f'from numbers 0 to {count - 1}'
+    raise ValueError(f'{asked}: PyTorch sees {count} {here}: choose {numbered}')
 
 # %% ../../nbs/lab/20_command.ipynb #7456ce63
 def _add_status(subcommands):
@@ -488,7 +494,7 @@ def _add_results(subcommands):
     every = 'also show parameters with one value in all runs (default: those that differ)'
     results.add_argument('--all-parameters', action='store_true', help=every)
     mean = (
-        'mean ± standard deviation over the seeds of runs with the same values of these '
+        'show mean ± standard deviation over the seeds of runs that share the values of these '
         'parameters (default: a row for each run)'
     )
     results.add_argument('--by', nargs='+', default=[], metavar='PARAMETER', help=mean)
@@ -541,7 +547,7 @@ def _add_data(subcommands):
     data.add_argument('--get', metavar='NAME', help=get)
     archive = 'unpack a downloaded archive to where its loader looks (default: none)'
     data.add_argument('--unpack', metavar='ARCHIVE', help=archive)
-    most = 'most that it may unpack to (default: 20 times its own size, at least 100 MB)'
+    most = 'largest unpacked size (default: 20 times that of the archive, at least 100 MB)'
     data.add_argument('--unpack-limit', type=float, default=0, metavar='MB', help=most)
 
 
@@ -592,7 +598,7 @@ def _get(name, root):
 def _add_bench(subcommands):
     what = 'time our plans and other implementations side by side'
     bench = _subcommand(subcommands, 'bench', _bench, what)
-    out = 'folder for bench.json and bench.png (default: speed/cpu or speed/cuda in the runs)'
+    out = 'folder for bench.json and bench.png (default: runs/speed/cpu or runs/speed/cuda)'
     bench.add_argument('--out', help=out)
     cases = 'only the cases whose names match (default: all)'
     bench.add_argument('--cases', default='*', metavar='PATTERN', help=cases)
@@ -605,7 +611,7 @@ def _add_bench(subcommands):
     bench.add_argument('--without', nargs='+', default=[], metavar='PATTERN', help=without)
     memory = 'do not measure memory (default: measure it)'
     bench.add_argument('--no-memory', action='store_true', help=memory)
-    curves = 'do not draw learning curves (default: draw them)'
+    curves = 'do not measure how the cost grows (default: measure it)'
     bench.add_argument('--no-curves', action='store_true', help=curves)
     quick = 'only check that everything runs (default: time it)'
     bench.add_argument('--quick', action='store_true', help=quick)

@@ -137,7 +137,7 @@ def _check_tasks(a, b, metric):
     if not other:
         why = 'no parameter of the tasks differs, so the data or the code that draws tasks does'
     raise ValueError(
-        f'{a.name} and {b.name} were tested on other tasks ({metric} of {digests[0]} and of '
+        f'{a.name} and {b.name} were tested on different tasks ({metric} of {digests[0]} and '
         f'{digests[1]}): {why}'
     )
 

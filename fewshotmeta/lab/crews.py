@@ -47,7 +47,7 @@ class Crew:
         return s.to_be_made(self.since, self.options.accept_changes)
 
     def queue(self) -> dict | None:
-        "Return None: there is no cluster queue."
+        "Return the cluster's queue, which is empty on one machine."
         return {}
 
 # %% ../../nbs/lab/09_crews.ipynb #3c8b29b8

@@ -42,7 +42,7 @@ def nothing_matches(
     runs,  # the folder of all runs
     name: str,  # a run's name, or a pattern
 ) -> str:  # the text of an error
-    "Say that no result matches, and name the nearest name and the experiments there are."
+    "Say that no result matches, and give the nearest name and the existing experiments."
     names = [p.parent.relative_to(runs).as_posix() for p in Path(runs).glob('*/*/result.json')]
     if not names:
         return f'no result in {runs} yet: `fewshotmeta run NOTEBOOK` makes one'

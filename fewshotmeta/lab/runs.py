@@ -232,7 +232,7 @@ def _begin(run, work):
     origin, asked = begun_by(work), dict(params=run.params, force=run.force, resumed_with=[])
     if _goes_on(run, origin, now):
         if not origin:
-            said = 'continues, but what began it is not recorded: its result says so'
+            said = 'continues, but the code that began it is not recorded, as its result says'
             warnings.warn(f'{run.experiment}/{run.slug} {said}')
             origin = dict(digest={}, modules={}, **asked)
         if changed_code(_last(origin), now):

@@ -28,7 +28,7 @@ def verdict(
     difference: Difference | None,  # of the method ahead in the paper; None: not run
     spread: float | None = None,  # standard deviation between training runs, points, if known
 ) -> str:
-    "Judge by our runs the claim that the difference is above zero."
+    "Judge the claim that the difference is above zero, by our runs."
     if difference is None or not set(difference.scale.split(' and ')) <= set(LENGTHS):
         return NOT_TESTED
     width = max(_over_tasks(difference), _over_trainings(difference, spread))

@@ -37,12 +37,12 @@ class Options:
         if self.executor not in CREWS:
             raise ValueError(f'executor={self.executor!r}: choose {" or ".join(CREWS)}')
         if self.limit < 0:
-            raise ValueError(f'limit={self.limit}: minutes, 0 for none')
+            raise ValueError(f'limit={self.limit}: expected minutes, or 0 for no limit')
         CREWS[self.executor].check(self)
 
     @property
     def at_once(self) -> int:
-        "Runs at a time."
+        "Return the number of runs at a time."
         return self.jobs or CREWS[self.executor].places(self)
 
 # %% ../../nbs/lab/11_workers.ipynb #b8c3ee0e
