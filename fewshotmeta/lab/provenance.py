@@ -193,7 +193,7 @@ def _digests_of(paths):
     except (BadFile, OSError):
         before = {}
     room = Path(find_spec('fewshotmeta.lab.provenance').origin)
-    reader = room.read_text(encoding='utf-8')  # another version of this room reads differently
+    reader = room.read_text(encoding='utf-8')  # another version of this module reads differently
     known, digests = {}, []
     for path in paths:
         text = path.read_text(encoding='utf-8')

@@ -127,7 +127,7 @@ def _in_colour(bank):
 
 # %% ../../nbs/lab/18_trained.ipynb #c7d1b001
 def learner_of(
-    params: dict,  # all parameters of an experiment; its plugin, if any, is imported
+    params: dict,  # all parameters of an experiment; a plugin must be imported before
     sampler: EpisodeSampler,  # of the training tasks, or a `WaysSampler`
 ):  # a fresh learner, on a CPU
     "Make the learner that an experiment's parameters describe. Raises `ValueError`."

@@ -38,7 +38,7 @@ class Run:
     iteration: int = 0  # iterations done
     history: list = field(default_factory=list)  # rows of metrics.csv, as dicts
     kept: list = field(default_factory=list)  # best (val accuracy, iteration, theta, buffers)
-    pending: list = field(default_factory=list)  # (loss, accuracy) of the last `log_every`
+    pending: list = field(default_factory=list)  # (loss, accuracy) of the last `log_every` iterations
     seconds: float = 0.0  # of training, including the time before restarts
     calls: int = 1  # smallest number of calls per meta-batch when `plan_of` chooses on a CPU
 
@@ -113,7 +113,7 @@ def save_tensors(
     sealed = seal(head | dict(tensors=_digest_of(tensors)))
     with atomic(path) as tmp:
         tmp.touch()
-        mode = tmp.stat().st_mode  # the usual permissions; safetensors would deny others to read it
+        mode = tmp.stat().st_mode  # the usual permissions; safetensors would not let others read it
         try:
             save_file(tensors, tmp, metadata={key: json.dumps(sealed)})
         except SafetensorError as e:
