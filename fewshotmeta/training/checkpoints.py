@@ -38,7 +38,7 @@ class Run:
     iteration: int = 0  # iterations done
     history: list = field(default_factory=list)  # rows of metrics.csv, as dicts
     kept: list = field(default_factory=list)  # best (val accuracy, iteration, theta, buffers)
-    pending: list = field(default_factory=list)  # (loss, accuracy) of the last `log_every` iterations
+    pending: list = field(default_factory=list)  # (loss, accuracy) of the last iterations
     seconds: float = 0.0  # of training, including the time before restarts
     calls: int = 1  # smallest number of calls per meta-batch when `plan_of` chooses on a CPU
 
