@@ -468,7 +468,7 @@ NET = conv4(size=16, filters=8)
         ),
         (lambda s: ProtoNet(conv4(size=16, norm='per_step', norm_steps=1)), 'leave norm_steps out'),
         (lambda s: ProtoNet(NET).with_norm('per_step'), 'no statistics'),
-        (lambda s: MatchingNet(NET, scale=0.0), 'scale=0.0: greater than 0'),
+        (lambda s: MatchingNet(NET, scale=0.0), 'scale=0.0: it must be greater than 0'),
         (lambda s: RelationNet(NET, width=0), 'width=0'),
         (lambda s: RelationNet(NET, loss='l2'), "loss='l2'.*'mse'"),
         (lambda s: MapRelationNet(NET), 'maps of 0×0 pixels.*conv4_maps'),

@@ -21,7 +21,7 @@ class MultiStepLoss:
     "Weights of the query losses after each inner step (MAML++, eq. 4 and the authors' code)."
 
     horizon: float = 0.1  # fraction of the training over which the weight moves to the last step
-    after: str = 'final_only'  # then: 'final_only', or 'keep_annealed'
+    after: str = 'final_only'  # after the horizon: 'final_only' or 'keep_annealed'
     floor: float = 0.03  # a step's weight stays above floor/T until then
     start: bool = False  # count the loss before any step, too: the i = 0 term of eq. 4
 
@@ -216,7 +216,7 @@ def _meta_sgd(
 
 # %% ../../nbs/learners/11_mamlpp.ipynb #295930f5
 def _paper_preset(small, k_shot):
-    "The paper's numbers, and the authors' code's where it is silent."
+    "The paper's numbers, and those of the authors' code where the paper is silent."
     batch = 16 if small else (4 if k_shot == 1 else 2)
     learner = dict(da=1 / 3, horizon=15 / 150)
     return learner, dict(iterations=75_000, meta_batch=batch, select='best', schedule='cosine')
@@ -238,7 +238,7 @@ def mamlpp_preset(
     small: bool = True,  # 28-pixel images (Omniglot), or 84-pixel ones (mini-ImageNet)
     k_shot: int = 1,  # support images of a class
 ) -> tuple[dict, dict]:  # arguments of `mamlpp`, and of `fit`
-    "Give learner and training of MAML++ at full length."
+    "Give the arguments of MAML++ and of its training at full length."
     pick('preset', name, PRESETS)
     learner, training = PRESETS[name](small, k_shot)
     learner = dict(inner_steps=5, inner_lr=0.1) | learner

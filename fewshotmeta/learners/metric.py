@@ -176,7 +176,9 @@ class MatchingNet(Metric):
     ):
         super().__init__(backbone, seed)
         if not scale > 0:
-            raise ValueError(f'scale={scale}: greater than 0, or the nearest image counts least')
+            raise ValueError(
+                f'scale={scale}: it must be greater than 0, or the nearest image counts least'
+            )
         self.scale = scale
 
     def keep(self, theta: dict, e: Tensor, ys: Tensor, n_way: int) -> dict:
