@@ -81,12 +81,12 @@ def label_one_hot(ys, n_way):
 
 
 def as_probabilities(logits):
-    "Show what the universal head thinks as probabilities."
+    "Show the scores of the universal head as probabilities."
     return logits.softmax(-1)
 
 
 def as_logits(logits):
-    "Show what the universal head thinks as it is."
+    "Show the scores of the universal head unchanged."
     return logits
 
 

@@ -171,7 +171,9 @@ def _features(self: ModuleBackbone, params, x):
     features = functional_call(module, (params, state), (x,))
     if not isinstance(features, Tensor) or features.shape[:1] != x.shape[:1]:
         found = tuple(getattr(features, 'shape', ())) or f'a {type(features).__name__}'
-        raise ValueError(f'{len(x)} images give {found}: features are one tensor, a row an image')
+        raise ValueError(
+            f'{len(x)} images give {found}: features are one tensor with a row for each image'
+        )
     return features.flatten(1)
 
 # %% ../../nbs/learners/03_modules.ipynb #58b3f7c2

@@ -23,7 +23,7 @@ class Norm:
     from_support = False  # whether queries are normalised by the support set's statistics
     stored = False  # whether training keeps statistics, with a row for each inner step
     measured = False  # whether the statistics are those of images: the convolution's bias cancels
-    fixed = False  # whether they are given, whatever the images: a scale and a shift
+    fixed = False  # whether the statistics are given and independent of the images
 
     def __repr__(self):
         return repr(self.name)
@@ -113,7 +113,7 @@ NORMS = {norm.name: norm for norm in (Transductive(), Support(), PerStep(), Affi
 def as_norm(
     norm: str | Norm,  # a key of `NORMS`, or an object
 ) -> Norm:
-    "The norm of a name. Raises `ValueError`, listing all names."
+    "Return the norm of a name. Raises `ValueError`, listing all names."
     if isinstance(norm, Norm):
         return norm
     pick('norm', norm, NORMS)
