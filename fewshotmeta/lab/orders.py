@@ -62,6 +62,14 @@ def _verdict(difference, width):
     return AGREES if difference > 0 else OPPOSITE
 
 # %% ../../nbs/lab/15_orders.ipynb #2c81511d
+_SAID = {
+    AGREES: 'have the same order',
+    TOGETHER: 'are not apart',
+    OPPOSITE: 'have the other order',
+    UNEQUAL: 'were made at different scales',
+}
+
+
 def orders_table(
     rows: list,  # of `orders`
     shown=(TOGETHER, OPPOSITE),  # the verdicts that get a line; others are only counted
@@ -70,12 +78,13 @@ def orders_table(
     if not rows:
         return 'No pair of methods that the paper separates has been run yet.'
     verdicts = [r['verdict'] for r in rows]
-    named = [AGREES, TOGETHER, OPPOSITE] + [UNEQUAL] * (UNEQUAL in verdicts)
-    counts = ', '.join(f'{verdicts.count(v)} {v}' for v in named)
+    counts = [f'{words} in {verdicts.count(v)}' for v, words in _SAID.items() if v in verdicts]
+    *first, last = counts
+    counts = f'{", ".join(first)} and {last}' if first else last
     separates = 'they differ by more than the root of the sum of their squared ±'
     luck = 'With one seed per method, a reversed order is inconclusive.'
     pairs = f'{len(rows)} pair{"s" * (len(rows) > 1)} of methods ({separates})'
-    said = f'The paper separates {pairs}. In our runs: {counts}. {luck}\n'
+    said = f'The paper separates {pairs}. Our runs {counts}. {luck}\n'
     lines = [r.values() for r in rows if r['verdict'] in shown]
     if not lines:
         return said
