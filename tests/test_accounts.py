@@ -88,14 +88,17 @@ LEARNERS_KEPT = (
 
 @pytest.mark.parametrize('run', LEARNERS_KEPT)
 def test_a_committed_learner_gives_its_accuracy(run, real_data):
-    "On each of the first tasks of its own test, after each step; rounding may turn a query."
+    """On each of the first tasks of its own test, after each step; rounding may turn a query.
+
+    Before any step the equal rows of HIDRA tie, and rounding alone decides.
+    """
     folder = RUNS / run
     p = json.loads((folder / 'result.json').read_text())['params']
     learner = load_learner(folder / 'learner.safetensors')
     ways = p.get('n_way') or p['train_ways'][1]
     tasks = tasks_for(learner, p['data'], 'test', ways, p['k_shot'], p['test_query'])
     kept = pd.read_csv(folder / 'tasks.csv').query('metric == "test_accuracy"')
-    n, steps = 50, p['test_steps']
-    found = accuracies(learner, tasks, n, steps)
-    there = kept[[f'step_{i}' for i in range(steps + 1)]][:n].to_numpy()
+    n, steps = 30, p['test_steps']
+    found = accuracies(learner, tasks, n, steps)[:, 1:]
+    there = kept[[f'step_{i}' for i in range(1, steps + 1)]][:n].to_numpy()
     assert abs(found.numpy() - there).mean() < 0.002

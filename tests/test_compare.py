@@ -174,7 +174,7 @@ def test_other_tasks_are_refused_by_name(seeds, write):
     write('table/ways', HARD, digest='bb', n_way=20)
     write('table/code', HARD, digest='cc')
     one = 'table/maml_1shot_short_seed0'
-    with pytest.raises(ValueError, match=r'seed0 and table/ways .*of aa and of bb.*n_way \(5, 20'):
+    with pytest.raises(ValueError, match=r'seed0 and table/ways .*of aa and bb.*n_way \(5, 20'):
         compare([one, 'table/ways'], runs=seeds)
     with pytest.raises(ValueError, match='no parameter of the tasks differs'):
         compare([one, 'table/code'], runs=seeds)
