@@ -1673,6 +1673,11 @@ def test_a_class_lists_what_later_cells_give_it(monkeypatch):
 
     text = processing.members(InCell)
     assert '{py:method} patched' not in text, 'described twice: here, and where it is patched'
+
+    class Borrower:
+        lent = InCell.patched
+
+    assert '{py:method} lent' in processing.members(Borrower), 'described nowhere'
     written = show_doc(Whole.size, renderer=processing.Documented, name='Whole.size')
     assert written._repr_markdown_().startswith('::::::{py:property} Whole.size\n')
     assert 'How large it is.' in written._repr_markdown_()

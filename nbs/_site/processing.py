@@ -197,8 +197,8 @@ def described(cls) -> dict:
 def is_patched(cls, value) -> bool:
     "Whether `@patch` gave this class a member, which then has a description of its own."
     f = inspect.unwrap(function_of(value))
-    home = f.__qualname__.rpartition('.')[0]  # another class's method may be borrowed
-    return f.__qualname__ != f.__code__.co_qualname and home == cls.__qualname__
+    home = f.__qualname__.split('.')[-2:-1]  # another class's method may be borrowed
+    return f.__qualname__ != f.__code__.co_qualname and home == [cls.__name__]
 
 
 def members(cls) -> str:
