@@ -268,7 +268,8 @@ def bench(
     each = {case: _timed(case, pairs, quick, device) for case in _chosen(cases, quick)}
     chosen = [case for case, some in each.items() if some]
     if not chosen:
-        raise ValueError(f'none of {only} is timed on a case of {cases!r}: choose more of either')
+        names = '; '.join(dict.fromkeys(name for name, _ in pairs))
+        raise ValueError(f'no case of {cases!r} is timed for {names}: choose more of either')
     result = _begun(device, chosen, pairs, say)
     for case in chosen:
         n = 1 if quick or case in LONG else rounds
