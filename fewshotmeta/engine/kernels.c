@@ -16,10 +16,21 @@
 #include <string.h>
 
 typedef long long Z;
-enum { L = 64 / sizeof(T) }; /* numbers in a vector of 64 bytes, a cache line */
-typedef T V __attribute__((vector_size(64)));
-typedef I M __attribute__((vector_size(64))); /* a mask, or small integers, for each number */
-typedef uint8_t U __attribute__((vector_size(64 / sizeof(T))));
+/* A vector fills one register: gcc keeps longer ones in memory. The sums of 6 rows and COLUMNS
+ * vectors of a matrix product fit into the registers: 32 of 64 bytes, 16 of 32, 32 of 16. */
+#if defined __AVX512F__
+enum { BYTES = 64, COLUMNS = 4 };
+#elif defined __AVX__
+enum { BYTES = 32, COLUMNS = 2 };
+#elif defined __aarch64__
+enum { BYTES = 16, COLUMNS = 4 };
+#else
+enum { BYTES = 16, COLUMNS = 2 };
+#endif
+enum { L = BYTES / sizeof(T) }; /* numbers in a vector */
+typedef T V __attribute__((vector_size(BYTES)));
+typedef I M __attribute__((vector_size(BYTES))); /* a mask, or small integers, for each number */
+typedef uint8_t U __attribute__((vector_size(L)));
 
 /* Short loops are unrolled whole, so that arrays of vectors live in registers. */
 #define FOR(i, n) _Pragma("GCC unroll 32") for (int i = 0; i < (n); i++)
@@ -29,11 +40,11 @@ typedef uint8_t U __attribute__((vector_size(64 / sizeof(T))));
 
 inl V ld(const T *p) {
     V v;
-    memcpy(&v, p, 64);
+    memcpy(&v, p, BYTES);
     return v;
 }
 
-inl void st(T *p, V v) { memcpy(p, &v, 64); }
+inl void st(T *p, V v) { memcpy(p, &v, BYTES); }
 inl V all(T a) { return a - (V){0}; }
 inl V sel(M m, V a, V b) { return (V)(((M)a & m) | ((M)b & ~m)); }
 
@@ -695,7 +706,7 @@ static inline void product_(
     const int add, const T *a, Z step, Z next, const T *b, Z ldb, Z M, Z K, Z C, T *c, Z ldc
 ) {
     for (Z c0 = 0; c0 < C;)
-        switch ((C - c0) / L) {
+        switch ((C - c0) / L < COLUMNS ? (C - c0) / L : COLUMNS) {
         case 1:
             ROWS(1)
             c0 += L;

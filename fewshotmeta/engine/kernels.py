@@ -280,8 +280,8 @@ class _Winograd(NamedTuple):
 # %% ../../nbs/engine/03_kernels.ipynb #ab7ee4d6
 @lru_cache
 def _wide():
-    "Whether the processor has enough registers for Winograd's products."
-    return 'avx512f' in _processor()
+    "Whether the processor multiplies vectors of 32 bytes or more, as Winograd's products need."
+    return {'avx2', 'fma'} <= set(_processor().split())
 
 
 def _winograd_pays(x, w, stride, tasks, n):
