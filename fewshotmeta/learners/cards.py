@@ -33,7 +33,7 @@ class Card:
     protocol: str = ''  # one of `PROTOCOLS`; empty: made by hand
     data: str = ''  # name of its training bank
     digest: str = ''  # of that bank
-    classes: tuple = ()  # names of the bank's classes
+    classes: tuple = field(default=(), repr=False)  # names of the bank's classes
     images: Images | None = None  # the preparation of that bank's images
     ways: tuple = ()  # the smallest and largest number of classes of a training task
     tasks: str = ''  # ways and shots of its training

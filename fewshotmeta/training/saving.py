@@ -332,6 +332,6 @@ def __repr__(self: MAML):
 def _repr_markdown_(self: MAML):
     size = sum(v.numel() for v in self.theta.values())
     ways = str(self.n_way or 'any number')
-    known = dict(learner=type(self).__name__, parameters=f'{size:,}', ways=ways) | self.card.rows()
+    known = dict(method=type(self).__name__, parameters=f'{size:,}', ways=ways) | self.card.rows()
     lines = [f'| {name} | {text} |' for name, text in known.items()]
     return '\n'.join(['| | |', '|---|---|', *lines])

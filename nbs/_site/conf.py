@@ -80,7 +80,7 @@ def anchors(app, doctree):
     from sphinx.addnodes import desc_signature
 
     for cell in doctree.findall(entry):
-        cell['classes'] += size_classes(len(cell.astext()))
+        cell['classes'] += size_classes(cell.astext())
     for signature in doctree.findall(desc_signature):
         name = signature.get('fullname', '').lower()
         if name and name not in signature['ids']:
@@ -112,9 +112,26 @@ def policy(page: dict) -> str:
     return '; '.join(rules)
 
 
+def same_sidebar(app, pagename, make):
+    """Make the sidebar of a run once for all runs in folders of its depth.
+
+    A sidebar takes as long as the rest of a page, and no run is in it.
+    """
+
+    def sidebar(**options):
+        key = pagename.count('/'), *sorted(options.items())
+        if key not in app.sidebars:
+            app.sidebars[key] = make(**options)
+        return app.sidebars[key]
+
+    return sidebar
+
+
 def context(app, pagename, templatename, context, doctree):
     "Tell the templates what they know of a page."
     page = app.site.get(pagename, {})
+    if page.get('run'):
+        context['toctree'] = same_sidebar(app, pagename, context['toctree'])
     context['page'] = page
     if rules := policy(page):
         tag = f'<meta http-equiv="Content-Security-Policy" content="{escape(rules)}">'
@@ -132,6 +149,7 @@ def outputs_folder(app):
 
 def setup(app):
     app.site = about(app)
+    app.sidebars = {}
     app.connect('builder-inited', outputs_folder, priority=900)
     app.connect('doctree-read', anchors)
-    app.connect('html-page-context', context)
+    app.connect('html-page-context', context, priority=400)  # the theme takes what we give it

@@ -88,9 +88,14 @@ def sanitised(markup: str, more: set = frozenset()) -> str:
     )
 
 
-def size_classes(length: int) -> list[str]:
-    "Say by a table cell's length whether it stays on one line, and whether it needs room."
-    limits = dict(short=length <= 26, tiny=length <= 14, long=length > 60)
+def size_classes(text: str) -> list[str]:
+    """Say of a table cell whether it stays on one line, and whether it needs room.
+
+    Names of runs are as long as sentences, but may break anywhere.
+    """
+    length = len(text)
+    sentence = length > 60 and length < 16 * len(text.split())
+    limits = dict(short=length <= 26, tiny=length <= 14, long=sentence)
     return [name for name, holds in limits.items() if holds]
 
 
@@ -118,7 +123,7 @@ def sized(tokens):
         if token.type in ('td_open', 'th_open'):
             side = re.findall(r'text-align:(\w+)', token.attrs.pop('style', ''))
             shown = ''.join(child.content for child in inside.children or [])
-            classes = size_classes(len(shown)) + [f'text-{name}' for name in side]
+            classes = size_classes(shown) + [f'text-{name}' for name in side]
             token.attrSet('class', ' '.join(classes))
 
 

@@ -1,4 +1,5 @@
-/* A button on each block of code that puts it on the clipboard, by mouse, finger or keyboard. */
+/* A button on each block of code that puts it on the clipboard, by mouse, finger or keyboard; and
+ * long names in tables that may break. */
 
 'use strict';
 
@@ -54,7 +55,21 @@ function buttonFor(block, status) {
   return button;
 }
 
+// a run's name is as wide as a table: let it break after its underlines and slashes. What is copied
+// from the page, and what the search knows, stays whole.
+function breakable(cell) {
+  const names = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+  const long = [];
+  while (names.nextNode())
+    if (/[^\s]{25}/.test(names.currentNode.data)) long.push(names.currentNode);
+  for (const name of long) {
+    const parts = name.data.split(/(?<=[_\/])/);
+    name.replaceWith(...parts.flatMap(part => [part, document.createElement('wbr')]));
+  }
+}
+
 function main() {
+  for (const cell of document.querySelectorAll('article td')) breakable(cell);
   const status = announcer();
   for (const block of document.querySelectorAll(CODE)) {
     const printed = block.closest('.cell_output') && block.parentElement.matches('.output');
