@@ -48,13 +48,14 @@ def fit(
     x = self._prepared(images)
     if len(x) != len(labels):
         raise ValueError(f'{len(x)} images, but {len(labels)} labels: each image needs one')
-    self.classes_ = _classes(labels)
-    self._check_number_of_classes(len(self.classes_))
-    number = {label: i for i, label in enumerate(self.classes_.tolist())}
+    classes = _classes(labels)
+    self._check_number_of_classes(len(classes))
+    number = {label: i for i, label in enumerate(classes.tolist())}
     y = torch.tensor([number[_plain(label)] for label in labels], device=x.device)
     order = y.argsort(stable=True)  # class after class, as in an episode
-    self._chosen = self._with_norm()
-    self._fast = self._chosen.adapt(x[order][None], y[order][None], self.steps)
+    chosen = self._with_norm()
+    self._fast = chosen.adapt(x[order][None], y[order][None], self.steps)
+    self._chosen, self.classes_ = chosen, classes  # only now: a refused fit changes nothing
     return self
 
 # %% ../../nbs/learners/19_classifier.ipynb #ff710e6d
