@@ -66,9 +66,13 @@ def meta_gradient(
     progress: float = 0.0,  # fraction of the training that is done
     plan: Plan | None = None,  # how the tasks are run; none: `plan_of` chooses
 ) -> MetaGradient:
-    "Compute the gradient of the mean meta-loss over a batch of tasks, under a plan."
+    "Compute the gradient of a batch's mean meta-loss, under a plan. Raises `ValueError`."
     params, n = list(learner.theta.values()), len(episodes.xs)
+    if n == 0:
+        raise ValueError('0 tasks in the meta-batch: give at least one')
     plan = plan or plan_of(learner, episodes)
+    if not isinstance(plan, Plan):
+        raise ValueError(f"plan={plan!r}: give a Plan, such as plan_for('cpu', 'threads')")
     if plan.capture:
         n_way = learner.n_way or int(episodes.yq.max()) + 1
         return replayed_gradient(_recorder(learner, plan), episodes, progress, n_way)
