@@ -128,8 +128,8 @@ def _check_maml(backbone, n_way, inner_lr, inner_steps, order, reduction, head):
     "Refuse arguments that make no valid learner. Raises `ValueError`."
     if head is None:
         check_size('n_way', n_way, 2)
-    elif n_way != head.n_way:
-        raise ValueError(f'n_way={n_way}, but {head} has n_way={head.n_way}: leave one of them out')
+    elif n_way not in (None, head.n_way):
+        raise ValueError(f'n_way={n_way}, but {head} has n_way={head.n_way}: give None')
     check_size('inner_steps', inner_steps, 0)
     pick('order', order, (1, 2))
     pick('reduction', reduction, REDUCTIONS)
