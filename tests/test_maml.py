@@ -373,3 +373,11 @@ def test_support_statistics_keep_no_graph_and_work_in_first_order():
 def test_bad_input(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_a_head_can_say_the_number_of_ways():
+    "None takes the head's number; another number is refused."
+    assert MAML(conv4(filters=4), None, head=Rows(5)).n_way == 5
+    assert MAML(conv4(filters=4), 5, head=Rows(5)).n_way == 5
+    with pytest.raises(ValueError, match='n_way=4, but .* has n_way=5: give None'):
+        MAML(conv4(filters=4), 4, head=Rows(5))

@@ -214,3 +214,9 @@ def test_others_may_read_a_learner_as_they_may_other_files(tmp_path):
     (tmp_path / 'y').touch()
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
     assert len(modes) == 1
+
+
+def test_a_card_does_not_print_a_thousand_classes():
+    card = Card('maml', data='omniglot', classes=('Latin/character01',) * 1000)
+    assert len(repr(card)) < 400 and 'character01' not in repr(card)
+    assert card != Card('maml', data='omniglot')  # though they compare

@@ -1626,6 +1626,15 @@ def test_functions_that_draw_say_what(links):
 # the pieces: names
 
 
+def test_a_table_gives_room_to_sentences_and_not_to_names():
+    from safety import size_classes
+
+    run = 'hidra_10_10way_1step_long_seed0'
+    assert size_classes('a sentence that is longer than sixty characters, as claims are') == ['long']
+    assert size_classes(f'{run} {run}') == size_classes(f'hypermaml_t2_tasks/{run}_{run}') == []
+    assert size_classes('one, two') == ['short', 'tiny']
+
+
 def test_an_argument_table_says_what_the_comments_say():
     from processing import rows, signature, table
     from fewshotmeta.learners.maml import MAML, Fast, task_losses
