@@ -1630,7 +1630,8 @@ def test_a_table_gives_room_to_sentences_and_not_to_names():
     from safety import size_classes
 
     run = 'hidra_10_10way_1step_long_seed0'
-    assert size_classes('a sentence that is longer than sixty characters, as claims are') == ['long']
+    claim = 'a sentence that is longer than sixty characters, as claims are'
+    assert size_classes(claim) == ['long']
     assert size_classes(f'{run} {run}') == size_classes(f'hypermaml_t2_tasks/{run}_{run}') == []
     assert size_classes('one, two') == ['short', 'tiny']
 
