@@ -144,10 +144,16 @@ def cost_table(
         for r in all_results(runs, f'{experiment}/*')[0]:
             if r['scale'] in SCALES[1:]:
                 key = experiment, SCALES.index(r['scale']), r['device']
-                groups.setdefault(key, []).append(r['seconds'] / 3600)
+                groups.setdefault(key, []).append(_hours(r))
     rows = []
     for (experiment, scale, device), hours in sorted(groups.items()):
         rows.append([experiment, f'`{SCALES[scale]}`', len(hours), f'{sum(hours):.1f}', device])
     every = [h for hours in groups.values() for h in hours]
     rows.append(['**all**', '', len(every), f'**{sum(every):.1f}**', ''])
     return markdown_table(['batch', 'scale', 'runs', 'hours', 'device'], rows)
+
+
+def _hours(r):
+    "Return the hours of a run's last session, or of its training where that took longer."
+    training = r['metrics'].get('training_seconds', {}).get('mean') or 0
+    return max(r['seconds'], training) / 3600

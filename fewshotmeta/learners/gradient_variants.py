@@ -64,7 +64,7 @@ def update(
 
 
 def _sign(grad):
-    "The sign of a gradient, (tasks, …); 0 of what is rounding error beside the task's largest."
+    "The sign of a gradient, (tasks, …); 0 for rounding errors beside the task's largest entry."
     size = grad.abs()
     largest = size.flatten(1).amax(1).view(-1, *[1] * (grad.dim() - 1))
     return grad.sign() * (size > 64 * torch.finfo(grad.dtype).eps * largest)

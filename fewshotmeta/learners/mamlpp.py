@@ -22,7 +22,7 @@ class MultiStepLoss:
 
     horizon: float = 0.1  # fraction of the training over which the weight moves to the last step
     after: str = 'final_only'  # after the horizon: 'final_only' or 'keep_annealed'
-    floor: float = 0.03  # a step's weight stays above floor/T until then
+    floor: float = 0.03  # until then no weight is below floor / (number of counted losses)
     start: bool = False  # count the loss before any step, too: the i = 0 term of eq. 4
 
     def __post_init__(self):
@@ -162,7 +162,7 @@ def mamlpp(
     da: float = 1 / 3,  # first-order phase, fraction of the training (50 of 150 epochs)
     **maml,  # `MAML`'s other arguments
 ) -> MAMLpp:
-    "MAML++: all ingredients of the learner. The sixth is `fit(…, schedule=Cosine())`."
+    "MAML++, by default without BNRS, as published. CA is `fit(…, schedule=Cosine())`."
     for ingredient in ingredients:
         pick('ingredient', ingredient, INGREDIENTS)
     if {'bnwb', 'bnrs'} & set(ingredients):
