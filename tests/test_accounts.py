@@ -79,6 +79,15 @@ def test_cost_is_the_sum_of_the_runs(tmp_path):
     ]
 
 
+def test_an_interrupted_run_costs_its_whole_training(tmp_path):
+    written(tmp_path, 'long', 'maml_1shot*')
+    (file,) = tmp_path.rglob('result.json')
+    r = json.loads(file.read_text())
+    r['metrics']['training_seconds'] = dict(mean=7200.0)
+    write_json(file, r)
+    assert cells(cost_table(['mamlpp_t1'], tmp_path))[2][3] == '2.0'
+
+
 LEARNERS_KEPT = (
     'mamlpp_t4/mamlpp_1shot_long_seed0',
     'hidra_t2/hidra_10_rate0.4_long_seed0',
