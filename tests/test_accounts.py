@@ -83,7 +83,7 @@ def test_an_interrupted_run_costs_its_whole_training(tmp_path):
     written(tmp_path, 'long', 'maml_1shot*')
     (file,) = tmp_path.rglob('result.json')
     r = json.loads(file.read_text())
-    r['metrics']['training_seconds'] = dict(mean=7200.0)
+    r['metrics']['training_seconds'] = dict(mean=7200.0, ci95=None, n=1)
     write_json(file, r)
     assert cells(cost_table(['mamlpp_t1'], tmp_path))[2][3] == '2.0'
 
