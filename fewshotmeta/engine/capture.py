@@ -22,7 +22,7 @@ from .plans import Plan, active
 
 # %% ../../nbs/engine/04_capture.ipynb #21b1bf83
 class CannotRecord(ValueError):
-    "The function to be recorded reads the value of a tensor."
+    "A function or a learner cannot be recorded."
 
 # %% ../../nbs/engine/04_capture.ipynb #fcd7939f
 class Recorded:

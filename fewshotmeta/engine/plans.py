@@ -28,7 +28,7 @@ CHOICES = dict(
 
 @dataclass(frozen=True)
 class Plan:
-    "The way to run a batch of tasks. Only `precision` changes what is computed."
+    "The way to run a batch of tasks. Only `precision` changes results by more than rounding."
 
     name: str
     chunk: int | None = None  # tasks per call; none: all at once
@@ -104,7 +104,7 @@ def _flag(owner, name):
 def gpu_arithmetic(
     precision: str,  # 'tf32' allows tf32 in products of float32, all else forbids it
 ):
-    "Set float32's meaning on a GPU and repeatable convolutions; without a GPU, do nothing."
+    "Choose the arithmetic of float32 on a GPU and make convolutions repeatable; else do nothing."
     wanted = _wanted_flags(precision == 'tf32') if torch.cuda.is_available() else []
     before = [(owner, name, _flag(owner, name)) for owner, name, _ in wanted]
     try:

@@ -50,7 +50,7 @@ class Norm:
 # %% ../../nbs/learners/00_norms.ipynb #8a0a9e77
 @dataclass(frozen=True, repr=False)
 class Transductive(Norm):
-    "Normalise by the batch's own statistics, as every published result does."
+    "Normalise by the batch's own statistics, as the codes of MAML, MAML++ and HyperMAML do."
 
     name = 'transductive'
     transductive = True

@@ -410,7 +410,7 @@ def fit(
     meta_lr: float = 1e-3,  # learning rate of the outer loop
     schedule=constant,  # progress -> factor on meta_lr, or a name in `SCHEDULES`
     clip=None,  # `ClipValue()`, `ClipNorm()`, a bound for each gradient element, or none
-    betas: tuple = (0.9, 0.999),  # Adam's
+    betas: tuple = (0.9, 0.999),  # Adam's; nesterov takes the first as its momentum
     valid: EpisodeSampler | None = None,  # source of the fixed validation tasks
     valid_tasks: int = 100,  # number of validation tasks
     valid_every: int = 500,  # iterations between validations

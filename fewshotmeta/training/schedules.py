@@ -163,7 +163,7 @@ class TrainingSettings:
     meta_lr: float  # learning rate, before the schedule's factor
     schedule: object  # progress to a factor on meta_lr
     clip: object  # gradients to gradients, or none
-    betas: tuple  # Adam's
+    betas: tuple  # Adam's; nesterov takes the first as its momentum
     valid_tasks: int  # fixed validation tasks
     valid_every: int  # iterations between validations
     select: str  # which parameters to keep
