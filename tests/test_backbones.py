@@ -487,7 +487,7 @@ def test_bad_input(call, words):
 @pytest.mark.parametrize('network', NormedNetwork.__subclasses__())
 def test_networks_share_what_their_norms_ask_for(network):
     for given, words in (
-        (dict(size=12), 'size=12: four halvings need images of at least 16 pixels'),
+        (dict(size=12), 'size=12: images of at least 16 pixels are needed'),
         (dict(filters=0), 'filters=0: expected a whole number of at least 1'),
         (dict(norm_steps=0), 'norm_steps=0: expected'),
         (dict(norm='per_step'), 'say how many with norm_steps'),

@@ -216,7 +216,7 @@ def test_cub_with_a_file_beside_its_folder(tmp_path, capsys):
     photo = root / 'CUB_200_2011' / 'images' / SPECIES[3] / f'{SPECIES[3]}_1.jpg'
     photo.write_bytes(PHOTO[:100])
     (lacking,) = told(root, 'cub')['lacking']
-    assert lacking.startswith(f'1 classes begin with a bad file: {photo}')
+    assert lacking.startswith(f'1 class begins with a bad file: {photo}')
     photo.unlink()
     assert told(root, 'cub')['lacking'] == [
         f'1 of 200 classes have no images (first: {SPECIES[3]})'
@@ -333,7 +333,7 @@ def test_the_limit_is_an_option(tmp_path, capsys):
     archive, root = tgz(tmp_path / 'x.tgz', large), tmp_path / 'root'
     words = '--root', root, '--unpack', archive
     said = refused(capsys, *words)
-    assert f'{archive} would unpack to 101 MB at least, but the limit is 100 MB' in said
+    assert f'{archive} would unpack to at least 101 MB; the limit is 100 MB' in said
     assert '--unpack-limit MB' in said
     assert not root.exists()
     for bad in ('-1', 'nan', 'inf'):

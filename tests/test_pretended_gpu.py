@@ -238,7 +238,7 @@ def test_too_little_memory_names_what_helps(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.\nA hint')
 
-    said = 'CUDA out of memory. Tried .* Less memory is needed with fewer tasks a call .chunk=4, '
+    said = 'CUDA out of memory. Tried .* Less memory is needed with fewer tasks per call .chunk=4, '
     with pretended_gpu(monkeypatch):
         monkeypatch.setattr('fewshotmeta.engine.layers._Direct.forward', full)
         with pytest.raises(torch.OutOfMemoryError, match=said + '.* .recompute=True. or') as found:

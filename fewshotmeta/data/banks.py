@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .files import BadFile, atomic, cache_folder, locked, seal, unseal
-from .checks import Registry
+from .checks import did_you_mean, Registry
 
 # %% ../../nbs/data/02_banks.ipynb #65c04d06
 class ImageBank:
@@ -89,7 +89,9 @@ def __getitem__(
     self: ImageBank,
     c: str,  # a class's name or index
 ) -> Tensor:  # its images, (n, channels, height, width), uint8
-    "Return the images of a class."
+    "Return the images of a class. Raises `ValueError` if no class has that name."
+    if isinstance(c, str) and c not in self.classes:
+        raise ValueError(f'{self.name} has no class {c!r}{did_you_mean(c, self.classes)}')
     i = self.classes.index(c) if isinstance(c, str) else int(c)
     return self.images[self.start[i] : self.start[i] + self.count[i]]
 

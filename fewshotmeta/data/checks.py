@@ -11,10 +11,11 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import pkgutil
 import sys
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -36,8 +37,9 @@ def check_positive(
     value: float,  # what was typed
 ) -> None:
     "Refuse a number that is not greater than 0. Raises `ValueError`."
-    if not value > 0:
-        raise ValueError(f'{name}={value}: expected a number greater than 0')
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise ValueError(f'{name}={value!r}: expected a number greater than 0')
 
 # %% ../../nbs/data/01_checks.ipynb #c25ac7a9
 def pick(
@@ -147,8 +149,8 @@ def import_plugin(
     folders = [Path.cwd(), Path(os.environ.get('FEWSHOTMETA_FROM', '.'))]
     found = [folder / plugin for folder in folders if (folder / plugin).is_file()]
     if not found:
-        places = ' nor '.join(str(folder / plugin) for folder in dict.fromkeys(folders))
-        raise ValueError(f'plugin={plugin!r}: neither {places} is a file')
+        places = dict.fromkeys(str((folder / plugin).resolve()) for folder in folders)
+        raise ValueError(f'plugin={plugin!r}: no file {" or ".join(places)}')
     name = found[0].stem
     spec = importlib.util.spec_from_file_location(name, found[0])
     module = importlib.util.module_from_spec(spec)

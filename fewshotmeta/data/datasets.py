@@ -51,7 +51,7 @@ def _check_options(name, options):
     for option, value in options.items():
         if option not in takes:
             known = ', '.join(takes)
-            raise ValueError(f'{option}={value!r}: the loader of {name!r} takes {known} alone')
+            raise ValueError(f'{option}={value!r}: the loader of {name!r} takes only {known}')
 
 # %% ../../nbs/data/13_datasets.ipynb #58e2f07b
 def data_status(

@@ -317,6 +317,14 @@ def _check_looks(sampler):
     if isinstance(augment, type):
         name = augment.__name__
         raise ValueError(f'augment={name}: give an instance, {name}()')
+    channels = sampler.bank.images.shape[1]
+    for name in ('mean', 'std'):
+        value = getattr(sampler, name)
+        if np.size(value) not in (1, channels):
+            raise ValueError(
+                f'{name}={value}: {np.size(value)} values, but {sampler.bank.name} has images of '
+                f'{channels} channel{"s" * (channels > 1)}: give one value, or one per channel'
+            )
     if not np.all(np.asarray(sampler.std) > 0):
         raise ValueError(f'std={sampler.std}: a divisor must be greater than 0')
 
@@ -521,7 +529,7 @@ class WaysSampler:
     def __post_init__(self):
         check_size('low', self.low, 2)
         if self.high < self.low:
-            raise ValueError(f'ways from {self.low} to {self.high}: the range is empty')
+            raise ValueError(f'low={self.low}, high={self.high}: expected high to be at least low')
         self.sampler(n_way=self.high)  # refuses at once more ways than classes
 
     @property

@@ -294,9 +294,9 @@ def _files_of(opened, archive, limit):
 
 def _too_large(archive, limit, size=0):
     "Make the error that states the unpacked size, the limit, and how to raise it."
-    size = f'{size / 1e6:,.0f} MB' if size else 'more'
+    size = f'at least {size / 1e6:,.0f} MB' if size else 'more than the limit allows'
     return BadFile(
-        f'{archive} would unpack to {size} at least, but the limit is {limit / 1e6:,.0f} MB '
+        f'{archive} would unpack to {size}; the limit is {limit / 1e6:,.0f} MB '
         '(by default 20 times its own size, and 100 MB at least): nothing was unpacked. '
         'If you trust it, raise the limit: --unpack-limit MB, or limit= in bytes'
     )

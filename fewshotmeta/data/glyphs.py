@@ -56,10 +56,10 @@ def _renderer():
     return f'matplotlib {matplotlib.__version__}, FreeType {features.version("freetype2")}'
 
 # %% ../../nbs/data/04_glyphs.ipynb #8a0a148b
-def _unit(char, j, n=6):
-    "Compute n numbers in [-1, 1) from (char, j) alone."
+def _unit(char, j):
+    "Compute six numbers in [-1, 1) from (char, j) alone."
     bits = hashlib.sha256(f'{ord(char)}|{j}'.encode()).digest()
-    return np.frombuffer(bits[: 4 * n], '<u4') / 2**31 - 1
+    return np.frombuffer(bits[:24], '<u4') / 2**31 - 1
 
 
 def _render(char, j, font, size):

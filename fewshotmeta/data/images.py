@@ -119,10 +119,10 @@ def check_pixels(
     "Refuse values of which no image can be made, with their bound. Raises `ValueError`."
     check_size('size', size, 8)
     if channels not in (1, 3):
-        raise ValueError(f'channels={channels}: 1 (grey) or 3 (RGB)')
+        raise ValueError(f'channels={channels}: expected 1 (grey) or 3 (RGB)')
     pick('resize', resize, FILTERS)
     if not margin >= 1:
-        raise ValueError(f'margin={margin}: at least 1, the image itself')
+        raise ValueError(f'margin={margin}: expected at least 1, which resizes to the size itself')
 
 # %% ../../nbs/data/03_images.ipynb #a51b7c03
 def _as_image(array, name):
@@ -380,7 +380,8 @@ def image_folder(
     check_pixels(size, channels, resize)
     path = Path(path).expanduser().resolve()
     if not path.is_dir():
-        raise DataMissing(f'{path} is not a folder: expected one folder of images a class in it')
+        what = 'give the path of a folder that holds one folder of images per class'
+        raise DataMissing(f'{path} is not a folder: {what}')
     files, left_out = _look_around(path)
     if not files:
         found = _summed_up(left_out) or 'it is empty'

@@ -94,7 +94,8 @@ def count_images(
         except BadImage as e:
             unreadable.append(str(e))
     if unreadable:
-        lacking.append(f'{len(unreadable):,} classes begin with a bad file: {unreadable[0]}')
+        many = 'class begins' if len(unreadable) == 1 else 'classes begin'
+        lacking.append(f'{len(unreadable):,} {many} with a bad file: {unreadable[0]}')
     return len(have), sum(map(len, have.values())), lacking
 
 # %% ../../nbs/data/05_places.ipynb #b83f5e02

@@ -99,7 +99,7 @@ def _compiler():
         return words, program
     warnings.warn(
         f"no C compiler {words[0] if words else command!r}: PyTorch's slower operations replace "
-        'the fused kernels (CC names a compiler; FEWSHOTMETA_KERNELS=torch is silent)'
+        'the fused kernels (set CC to name a compiler, or FEWSHOTMETA_KERNELS=torch to silence this)'
     )
 
 
@@ -462,7 +462,8 @@ def _check_weight(x, w):
     "Raise `ValueError` unless a weight fits the activations."
     o, c = w.shape[-4], x.shape[2]
     if w.dim() == 5 and len(w) not in (1, len(x)):
-        raise ValueError(f'weights of {len(w)} tasks for activations of {len(x)}')
+        way = f'give weights of {len(x)} tasks, or shared ones without a task axis'
+        raise ValueError(f'weights of {len(w)} tasks for activations of {len(x)}: {way}')
     if w.shape[-3:] != (c, 3, 3):
         raise ValueError(
             f'weights of shape {tuple(w.shape[-4:])} for activations of {c} channels: '

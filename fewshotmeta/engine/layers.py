@@ -192,7 +192,8 @@ def task_conv2d(
     "Convolve each task's images with its weights, differentiably any number of times."
     tasks, n = x.shape[:2]
     if w.dim() == 5 and len(w) not in (1, tasks):
-        raise ValueError(f'weights of {len(w)} tasks for activations of {tasks}')
+        way = f'give weights of {tasks} tasks, or shared ones without a task axis'
+        raise ValueError(f'weights of {len(w)} tasks for activations of {tasks}: {way}')
     conv = active().conv
     one = direct_convolution(stride, padding, 1, x.dtype)
     if w.dim() == 4 or len(w) == 1:

@@ -152,7 +152,7 @@ def _way_out(self: Plan):
     if self.chunk != 1:
         fewer = (self.chunk or 8) // 2
         now = f'chunk={self.chunk}' if self.chunk else 'all tasks at once'
-        ways.append(f'with fewer tasks a call (chunk={fewer}, now {now})')
+        ways.append(f'with fewer tasks per call (chunk={fewer}, now {now})')
     if not self.recompute:
         ways.append('if inner steps are computed again instead of kept (recompute=True)')
     ways.append('with fewer queries, smaller images or fewer filters')
@@ -199,8 +199,10 @@ def available_cores() -> int:
 
 def _threads():
     "Make the plan for a CPU: each task on a worker thread, with C kernels if available."
-    workers = int(os.environ.get('FEWSHOTMETA_WORKERS', available_cores()))
-    return replace(_loop(), name='threads', workers=workers)
+    said = os.environ.get('FEWSHOTMETA_WORKERS') or str(available_cores())
+    if not said.isdecimal():
+        raise ValueError(f'FEWSHOTMETA_WORKERS={said!r}: expected a whole number of at least 0')
+    return replace(_loop(), name='threads', workers=int(said))
 
 
 def _loop():

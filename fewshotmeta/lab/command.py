@@ -213,7 +213,7 @@ def _add_batch(subcommands):
     batch.add_argument('--scale', default='', help=_SCALE)
     only = 'execute only the runs whose names match'
     batch.add_argument('--only', default='*', metavar='GLOB', help=f'{only} (default: all)')
-    at_once = 'runs at a time (default: one per GPU, or one without GPUs)'
+    at_once = 'runs at a time (default: one per GPU, or one without GPUs; slurm: 256)'
     batch.add_argument('--jobs', type=int, default=0, metavar='N', help=at_once)
     one = "GPUs to use, one for each run (default: the machine's own choice)"
     batch.add_argument('--gpus', default='', metavar='0,1', help=one)

@@ -278,7 +278,7 @@ def _rows(difference):
 def _notes(difference):
     "Say what differs besides the seed, and which runs have no partner."
     changes = [f'{k}: {_shown(a)} → {_shown(b)}' for k, (a, b) in difference.parameters.items()]
-    yield f'What differs: {"; ".join(changes) or "the seed alone"}.'
+    yield f'What differs: {"; ".join(changes) or "nothing that changes what is computed"}.'
     if difference.alone:
         yield f'Left out, without a partner of the same seed: {_listed(difference.alone)}.'
 

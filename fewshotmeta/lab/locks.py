@@ -109,7 +109,7 @@ def hold_run(
 
 # %% ../../nbs/lab/02_locks.ipynb #451d131e
 def _run_lock(runs, experiment, slug):
-    "Take a run's lock at once; closing the returned stack releases it."
+    "Take a run's lock within 0.3 seconds; closing the returned stack releases it."
     lock = contextlib.ExitStack()
     try:
         lock.enter_context(locked(marker(runs, experiment, slug, 'lock'), wait=0.3))
@@ -117,6 +117,7 @@ def _run_lock(runs, experiment, slug):
         who = read_marker(runs, experiment, slug)
         process = f' (process {who["pid"]} on {who["host"]})' if {'pid', 'host'} <= set(who) else ''
         raise RunBusy(
-            f'{experiment}/{slug} is being executed by another process{process}'
+            f'{experiment}/{slug} is being executed by another process{process}: '
+            'wait for it, or end it'
         ) from None
     return lock

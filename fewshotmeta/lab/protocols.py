@@ -214,7 +214,7 @@ def _network(backbone, channels, size, protocol, changes):
     for name, value in changes.items():
         if not takes_all and name not in takes:
             raise ValueError(
-                f'{name}={value!r}: the backbone {backbone!r} takes {", ".join(takes)} alone'
+                f'{name}={value!r}: the backbone {backbone!r} takes only {", ".join(takes)}'
             )
     if takes_all or 'protocol' in takes:
         changes = dict(protocol=protocol) | changes

@@ -23,7 +23,7 @@ CREWS = {'local': LocalCrew, 'slurm': SlurmCrew}
 class Options:
     "Hold the options with which a batch is executed."
 
-    jobs: int = 0  # runs at a time; 0: one per GPU, or one without GPUs
+    jobs: int = 0  # runs at a time; 0: one per GPU, or one without GPUs; slurm: 256
     gpus: tuple = ()  # numbers of the GPUs, one for each run; empty: the machine's default
     executor: str = 'local'  # or 'slurm'
     force: bool = False  # repeat finished runs

@@ -59,7 +59,7 @@ class NormedNetwork:
                 'say how many with norm_steps'
             )
         if self.size < 16:
-            raise ValueError(f'size={self.size}: four halvings need images of at least 16 pixels')
+            raise ValueError(f'size={self.size}: images of at least 16 pixels are needed')
 
 # %% ../../nbs/learners/02_backbones.ipynb #a90c2e53
 @patch
@@ -210,7 +210,10 @@ def __call__(
     "Compute the features of a batch of tasks."
     expected = (self.channels, self.size, self.size)
     if tuple(x.shape[2:]) != expected:
-        raise ValueError(f'images of {tuple(x.shape[2:])}, but the backbone takes {expected}')
+        way = f'read the images with channels={self.channels}, size={self.size}, or make it for them'
+        raise ValueError(
+            f'images of {tuple(x.shape[2:])}, but the backbone takes {expected}: {way}'
+        )
     stats = {}
     x = channels_last(x.flatten(0, 1)).unflatten(0, x.shape[:2])
     for i in range(1, 5):

@@ -51,7 +51,7 @@ def trained_on(self: Card) -> str:
     "Describe briefly what a learner was trained on."
     if not self.data:
         return 'not trained'
-    length = f'{self.iterations:,} iterations of {self.meta_batch}'
+    length = f'{self.iterations:,} iterations of {self.meta_batch} tasks'
     return f'trained on {self.data}, {self.tasks}, {length}'
 
 

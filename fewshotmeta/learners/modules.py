@@ -150,7 +150,9 @@ def offers(self: ModuleBackbone, norm: Norm) -> bool:
 @patch
 def with_norm(self: ModuleBackbone, norm: str | Norm) -> ModuleBackbone:
     "Refuse, since a module normalises as its own layers do. Raises `ValueError`."
-    raise ValueError(f'norm={norm!r}: {type(self).__name__} normalises as its module does')
+    name = type(self).__name__
+    way = "change the module's own norm layers"
+    raise ValueError(f'norm={norm!r}: {name} normalises as its module does: {way}')
 
 # %% ../../nbs/learners/03_modules.ipynb #8cc7223f
 @patch
