@@ -1083,6 +1083,19 @@ def test_tasks_share_calls(tasks, cores, chunk, case, monkeypatch):
     assert plan_of(*case_of(tasks, **case), calls=tasks).chunk == 1
 
 
+@pytest.mark.parametrize(
+    'tasks,cores,chunk,filters',
+    [(2, 2, 2, 16), (3, 2, 3, 16), (4, 2, 4, 16), (8, 2, 4, 16), (16, 16, 4, 16), (2, 2, 1, 32)],
+)
+def test_small_tasks_share_a_call_even_if_a_core_stays_idle(
+    tasks, cores, chunk, filters, monkeypatch
+):
+    monkeypatch.setattr('fewshotmeta.training.gradient.available_cores', lambda: cores)
+    case = case_of(tasks, filters=filters, images=(5, 25))
+    assert plan_of(*case).chunk == chunk
+    assert plan_of(*case, calls=tasks).chunk == min(chunk, 4)
+
+
 def test_without_the_kernels_each_task_has_its_call(monkeypatch):
     monkeypatch.setattr('fewshotmeta.learners.backbones.library', lambda dtype: None)
     assert plan_of(*case_of(16)).chunk == 1

@@ -40,7 +40,7 @@ class Run:
     kept: list = field(default_factory=list)  # best (val accuracy, iteration, theta, buffers)
     pending: list = field(default_factory=list)  # (loss, accuracy) of the last iterations
     seconds: float = 0.0  # of training, including the time before restarts
-    calls: int = 1  # smallest number of calls per meta-batch when `plan_of` chooses on a CPU
+    calls: int = 1  # fewest calls per meta-batch, unless tasks are small, if `plan_of` chooses
 
     @property
     def best(self) -> float | None:

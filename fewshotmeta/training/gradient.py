@@ -41,12 +41,13 @@ class MetaGradient:
 
 # %% ../../nbs/training/00_gradient.ipynb #b0b955d1
 _MOST = 25e6  # numbers in the first block of all tasks of one call
+_LEAST = 25e6  # numbers times filters, below which tasks share a call even if a core stays idle
 
 
 def plan_of(
     learner,  # anything with `theta`
     episodes: Episodes,  # a meta-batch
-    calls: int = 0,  # smallest number of calls on a CPU; 0: one per core
+    calls: int = 0,  # fewest calls on a CPU, unless tasks are small; 0: one per core
 ) -> Plan:
     "Choose the plan for a meta-batch by its device, and on a CPU also by the size of its tasks."
     n, device = len(episodes.xs), next(iter(learner.theta.values())).device
@@ -54,10 +55,12 @@ def plan_of(
     if not plan.workers or not getattr(backbone, 'shares_calls', False):
         return plan
     images = episodes.xs.shape[1] + episodes.xq.shape[1]
-    numbers = images * episodes.xs.shape[-2:].numel() * getattr(backbone, 'filters', 64)
-    cores, most = calls or available_cores(), max(1, int(_MOST // max(1, numbers)))
+    filters = getattr(backbone, 'filters', 64)
+    numbers = max(1, images * episodes.xs.shape[-2:].numel() * filters)
+    most, least = max(1, int(_MOST // numbers)), int(_LEAST // (numbers * filters))
+    cores = calls or available_cores()
     rounds = math.ceil(n / (cores * most))
-    return replace(plan, chunk=math.ceil(n / (cores * rounds)))
+    return replace(plan, chunk=max(math.ceil(n / (cores * rounds)), min(least, n)))
 
 # %% ../../nbs/training/00_gradient.ipynb #2b26e948
 def meta_gradient(
