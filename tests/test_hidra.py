@@ -225,7 +225,7 @@ def test_resumes_to_the_same_bytes(noise_bank, tmp_path, resumed, method):
             'up to 5 ways.*n_max=4: make it for 5 classes',
         ),
         (lambda s: WaysSampler(s, 2, 41), 'n_way=41, but noise has 40 classes'),
-        (lambda s: WaysSampler(s, 5, 3), 'from 5 to 3'),
+        (lambda s: WaysSampler(s, 5, 3), 'low=5, high=3: expected'),
         (lambda s: WaysSampler(s, 1, 3), 'low=1'),
         (
             lambda s: fit(MAML(conv4(size=16), 5), WaysSampler(s, 2, 5), 2),

@@ -43,7 +43,8 @@ def test_every_learner_on_resnet12(method, tasks):
 
 
 def test_resnet12_takes_no_way_down(tasks):
-    with pytest.raises(ValueError, match="down='stride': the backbone 'resnet12' takes only channels"):
+    said = "down='stride': the backbone 'resnet12' takes only channels"
+    with pytest.raises(ValueError, match=said):
         make_learner('maml', tasks.train, backbone='resnet12', down='stride')
 
 
@@ -168,7 +169,7 @@ def test_real_omniglot_of_each_protocol(real_data, protocol):
         ),
         (lambda t: samplers('glyphs', train_ways=[3]), 'train_ways=.3.: the fewest and the most'),
         (lambda t: split_bank('glyphs', 'novel'), "part='novel': choose one of 'train', 'val'"),
-        (lambda t: import_plugin('nowhere.py'), "plugin='nowhere.py': neither"),
+        (lambda t: import_plugin('nowhere.py'), "plugin='nowhere.py': no file"),
         (lambda t: import_plugin('no_such_module_at_all'), 'no such module'),
         (lambda t: named_values(['portion']), "options: 'portion': expected name=value"),
     ],

@@ -308,7 +308,7 @@ class EpisodeSampler:
         "Return a sampler with changed settings: `sampler(n_way=13)`."
         return replace(self, **changes)
 
-
+# %% ../../nbs/data/15_episodes.ipynb #23e2516c
 def _check_looks(sampler):
     "Refuse values with which images cannot be normalised or augmented."
     augment = sampler.augment

@@ -99,7 +99,7 @@ def _compiler():
         return words, program
     warnings.warn(
         f"no C compiler {words[0] if words else command!r}: PyTorch's slower operations replace "
-        'the fused kernels (set CC to name a compiler, or FEWSHOTMETA_KERNELS=torch to silence this)'
+        'the fused kernels (set CC to name a compiler, or FEWSHOTMETA_KERNELS=torch for silence)'
     )
 
 

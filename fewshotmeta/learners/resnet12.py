@@ -105,9 +105,10 @@ def __call__(
     "Compute the features of a batch of tasks."
     expected = (self.channels, self.size, self.size)
     if tuple(x.shape[2:]) != expected:
-        way = f'read the images with channels={self.channels}, size={self.size}, or make it for them'
+        way = f'read the images with channels={self.channels}, size={self.size}'
         raise ValueError(
-            f'images of {tuple(x.shape[2:])}, but the backbone takes {expected}: {way}'
+            f'images of {tuple(x.shape[2:])}, but the backbone takes {expected}: {way}, '
+            'or make it for them'
         )
     stats = {}
 
