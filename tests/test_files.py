@@ -443,7 +443,7 @@ def test_sizes_are_said_in_megabytes(tmp_path):
         m = tarfile.TarInfo('x')
         m.size = 5 * 10**13
         t.addfile(m)
-    said = 'to 50,000,000 MB at least, but the limit is 30,000,000 MB'
+    said = 'to at least 50,000,000 MB; the limit is 30,000,000 MB'
     with pytest.raises(BadFile, match=said):
         unpack(tmp_path / 'a.tar', tmp_path / 'data', limit=3 * 10**13)
 
