@@ -1094,6 +1094,7 @@ def test_small_tasks_share_a_call_even_if_a_core_stays_idle(
     case = case_of(tasks, filters=filters, images=(5, 25))
     assert plan_of(*case).chunk == chunk
     assert plan_of(*case, calls=tasks).chunk == min(chunk, 4)
+    assert plan_of(*case, calls=ONE_A_TASK).chunk == 1  # a checkpoint of an earlier version
 
 
 def test_without_the_kernels_each_task_has_its_call(monkeypatch):

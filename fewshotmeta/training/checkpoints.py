@@ -27,6 +27,7 @@ from safetensors.torch import load, save_file
 from ..data.files import BadFile, atomic, check_form, read_json, read_whole, seal, unseal
 from ..data.files import write_json
 from ..data.banks import as_os_error
+from .gradient import ONE_A_TASK
 
 # %% ../../nbs/training/01_checkpoints.ipynb #360ae3ca
 @dataclass
@@ -206,9 +207,6 @@ _ROW = dict(iteration=int, loss=_NUMBER, accuracy=_NUMBER, lr=_NUMBER, seconds=_
 _ROW |= dict(val_accuracy=_NUMBER | None, val_loss=_NUMBER | None)
 
 
-_ONE_A_TASK = 2**30  # calls, more than tasks in any meta-batch, as in earlier versions
-
-
 def _check_head(path, head):
     "Refuse a header with a missing entry or one of a wrong type. Raises `BadFile`."
     where = f'{path}: its header'
@@ -222,7 +220,7 @@ def _check_head(path, head):
             raise BadFile(f'{where} has {name}={head[name]!r:.60}, not a list of pairs')
     if not 0 <= head['iteration'] < 2**53:
         raise BadFile(f'{where} has iteration={head["iteration"]}, not a number of iterations')
-    if not 0 < head.setdefault('calls', _ONE_A_TASK) < 2**53:
+    if not 0 < head.setdefault('calls', ONE_A_TASK) < 2**53:
         raise BadFile(f'{where} has calls={head["calls"]}, not a number of calls')
 
 
